@@ -1,0 +1,3 @@
+from ampcheck.cli import main
+
+main()

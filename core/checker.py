@@ -1,0 +1,436 @@
+"""The checker that adapters wrap: attach at fit start, watch a step, diagnose a failure, detach."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+from ampcheck.failure import examine
+from ampcheck.precision import Precision
+from ampcheck.probes.autocast import AutocastProbe
+from ampcheck.probes.containment import hide_frames
+from ampcheck.ranks import gather, merged_findings, rank
+from ampcheck.replay import replay
+from ampcheck.report import Report
+from ampcheck.report.text import NAME, fit_line, not_judged_line, render_finding, step_line
+from ampcheck.rule import Finding, Severity, told
+from ampcheck.rules.internal_error import internal_error
+from ampcheck.selection import judge, reaching, selected, threshold
+from ampcheck.step import WatchedStep, merged
+from ampcheck.trace import Failure, GraphTrace, Host, Phase, StepTrace, Trace
+from ampcheck.walk import environment, examine_optimizer, examine_scaler, is_compiled, unwrapped, walk
+
+REPORT_NAME = "ampcheck.json"
+_NOTE_HEAD = f"{NAME}: what is known of this failure"
+_DIAGNOSED = "_ampcheck_diagnosed"
+_NOTHING = contextlib.nullcontext()
+
+Emit = Callable[[str], None]
+
+
+class FindingsError(Exception):
+    """A finding reached ``fail_on``. ``report`` is the report it is in."""
+
+    def __init__(self, report: Report, findings: tuple[Finding, ...]) -> None:
+        first = findings[0]
+        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        super().__init__(f"{first.severity}[{first.code}] {first.name}: {first.message}{more}")
+        self.report = report
+
+
+class Seen(NamedTuple):
+    """What a step showed: its calls, and its autograd graph, where that was looked at."""
+
+    phase: Phase
+    step: StepTrace | None
+    graph: GraphTrace | None
+
+    def added_to(self, trace: Trace) -> Trace:
+        if self.graph is not None:
+            trace = replace(trace, graph=self.graph)
+        if self.step is None:
+            return trace
+        return replace(trace, training=self.step) if self.phase == "training" else replace(trace, evaluation=self.step)
+
+
+class AmpChecker:
+    """Checks one training run.
+
+    ``select`` and ``ignore`` take rule codes or their beginnings; ``fail_on`` (``"error"``, ``"warning"`` or
+    ``"never"``) raises ``FindingsError`` out of ``attach`` and of the watched step; ``watch_steps`` training steps
+    are watched; ``report`` is the path of the JSON report, true for ``ampcheck.json`` in the directory that the host
+    names, or false for none. Raises ``ValueError`` for options that mean nothing.
+
+    But for ``FindingsError``, no method raises: a fault of AmpCheck's own becomes one warning, and the checker
+    switches itself off.
+    """
+
+    def __init__(
+        self,
+        *,
+        select: str | Iterable[str] = (),
+        ignore: str | Iterable[str] = (),
+        fail_on: str = "never",
+        watch_steps: int = 1,
+        report: bool | str | os.PathLike[str] = True,
+    ) -> None:
+        if isinstance(watch_steps, bool) or not isinstance(watch_steps, int) or watch_steps < 0:
+            raise ValueError(f"watch_steps must be a number of steps, 0 or more, not {watch_steps!r}")
+        self._rules = selected(select, ignore)
+        self._fail_on = threshold(fail_on)
+        self._watch_steps = watch_steps
+        self._destination = report
+        self._reset()
+
+    def _reset(self) -> None:
+        self._model: nn.Module | None = None
+        self._entry: nn.Module | None = None
+        self._emit: Emit | None = None
+        self._directory: Path | None = None
+        self._trace = Trace()
+        self._report: Report | None = None
+        self._told: list[Finding] = []
+        self._heard: dict[int, tuple[Finding, ...]] = {}
+        self._training_left = 0
+        self._evaluation_left = False
+        self._open: list[WatchedStep] = []
+        self._died: Seen | None = None
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._scaler: torch.amp.GradScaler | None = None
+        self._off = False
+        self._unwritable = False
+
+    @property
+    def report(self) -> Report | None:
+        """What is known so far; ``None`` before ``attach``."""
+        return self._report
+
+    @property
+    def watching(self) -> bool:
+        """Whether a training step is left to watch."""
+        return self._training_left > 0
+
+    @property
+    def watching_evaluation(self) -> bool:
+        """Whether the first evaluation step is still to be watched."""
+        return self._evaluation_left
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        precision: Precision | None = None,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+        scaler: torch.amp.GradScaler | None = None,
+        averaged: nn.Module | None = None,
+        host: Host | None = None,
+        emit: Emit | None = None,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> Report | None:
+        """Fit start: walk over ``model``, ``optimizers``, ``scaler`` and the ``averaged`` copy of the model, judge,
+        and report through ``emit``, one call a message, on rank 0 (default: standard error).
+
+        Called again before ``detach`` it looks anew at what it is given, and reports only what is new. ``None``:
+        AmpCheck failed and switched itself off. Raises ``FindingsError``.
+        """
+        again = self._model is not None
+        if not again:
+            self._reset()
+        if self._off:
+            return None
+        try:
+            self._emit, self._directory = emit, Path(directory) if directory is not None else None
+            self._entry, self._model = model, unwrapped(model)
+            self._optimizers, self._scaler = list(optimizers), scaler
+            info = replace(walk(self._model), compiled=is_compiled(model))
+            self._trace = replace(
+                self._trace,
+                precision=precision or Precision(),
+                environment=environment(),
+                host=host,
+                model=info,
+                optimizers=tuple(examine_optimizer(optimizer, self._model) for optimizer in self._optimizers),
+                scaler=examine_scaler(scaler) if scaler is not None else None,
+                averaged=walk(averaged) if averaged is not None else None,
+            )
+            if not again:
+                self._expect(info.device_type)
+            self._judge("fit start", lambda findings: fit_line(self._trace, findings), quiet=again)
+        except Exception as error:  # noqa: BLE001 - promise: it never makes training fail
+            self.switch_off(error)
+        self._enforce()
+        return None if self._off else self._report
+
+    def training_step(self, autocast: AutocastProbe | None = None) -> AbstractContextManager[object]:
+        """Probes around a training step while steps are left to watch, else nothing.
+
+        Exceptions of the body pass through. Leaving it need not nest with other ``with`` blocks, but must happen in
+        the thread that entered. Raises ``FindingsError`` where the watched step ends. ``autocast`` is a probe that
+        has been active for longer than the step, and so knows the regions around it.
+        """
+        return self._step("training", None, autocast) if self._training_left > 0 else _NOTHING
+
+    def evaluation_step(
+        self, model: nn.Module | None = None, autocast: AutocastProbe | None = None
+    ) -> AbstractContextManager[object]:
+        """The same for the first evaluation step. ``model`` is what is evaluated where it is another object than the
+        model that trains: an averaged or half-precision copy."""
+        return self._step("evaluation", model, autocast) if self._evaluation_left else _NOTHING
+
+    def diagnose(
+        self,
+        error: BaseException,
+        *,
+        phase: str = "training_step",
+        step: int | None = None,
+        batch: Callable[[], object] | None = None,
+        again: str | None = None,
+    ) -> None:
+        """Attach what is known of ``error`` to it as a note. The caller raises it on, by a bare ``raise``.
+
+        ``batch`` computes the loss of the failing batch once more, as the host does, on the module without its
+        wrappers, and returns it. It is called, with everything put back afterwards, for a failure of a training step
+        whose graph was not watched. Where nothing can be replayed, ``again`` is what the user says to watch the
+        failing step: a command or a call. An exception is diagnosed once, and one that has nothing to do with precision or
+        autograd gets no note.
+        """
+        if self._off or not isinstance(error, Exception) or isinstance(error, FindingsError):
+            return
+        try:
+            if getattr(error, _DIAGNOSED, False):
+                return
+            with contextlib.suppress(AttributeError):
+                setattr(error, _DIAGNOSED, True)
+            if sys.version_info < (3, 11):
+                hide_frames(error)
+            failure = examine(error, model=self._model, phase=phase, step=step)
+            trace = replace(self._trace, failure=failure)
+            # A step that died is no watched step, but what it showed explains the failure.
+            watched = [self._died, *(Seen(step.phase, step.trace(), step.graph(error)) for step in self._open)]
+            seen = [one for one in watched if one is not None]
+            # Beside compiled code a watched step has no graph to show.
+            known = any(one.graph is not None for one in seen)
+            if not known and batch is not None and failure.kind and failure.phase in ("forward", "backward"):
+                seen += self._replay(error, batch)
+            for one in seen:
+                trace = one.added_to(trace)
+            self._died = None
+            if seen or self._model is None:
+                again = None
+            elif again is not None:
+                unseen = "the failing step was not among the watched ones"
+                trace = replace(trace, unobserved={**trace.unobserved, "graph": unseen})
+            self._tell_failure(error, failure, trace, again)
+        except Exception as fault:  # noqa: BLE001 - the user's exception stays in front, whatever happens to ours
+            self.switch_off(fault)
+
+    def _replay(self, error: Exception, batch: Callable[[], object]) -> list[Seen]:
+        model, info = self._model, self._trace.model
+        if model is None or info is None:
+            return []
+        runs: list[WatchedStep] = []
+
+        def probes() -> WatchedStep:
+            runs.append(WatchedStep("training", model, model, info.device_type, lambda *_: None, replayed=True))
+            return runs[-1]
+
+        outcome = replay(
+            batch,
+            lambda raised: (runs[-1].trace(), runs[-1].graph(raised)),
+            model=model,
+            error=error,
+            probes=probes,
+            optimizers=self._optimizers,
+            scaler=self._scaler,
+        )
+        steps, graph = outcome.seen or (None, None)
+        return [Seen("training", steps, replace(graph or GraphTrace(), replay=outcome.said))]
+
+    def _tell_failure(self, error: Exception, failure: Failure, trace: Trace, again: str | None) -> None:
+        findings, not_judged = judge(trace, self._rules)
+        new = [finding for finding in findings if finding not in self._told]
+        self._report = Report(trace, findings, not_judged)
+        crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
+        telling = [finding for finding in new if finding.severity is Severity.ERROR or finding.code in crashes]
+        if telling and failure.kind is not None:
+            self._told += telling
+            blocks = [render_finding(finding, trace).plain for finding in told(telling)]
+            # What autograd's rules tell is seen only while it happens.
+            if again is not None and any(finding.code.startswith("AMP4") for finding in telling):
+                blocks.append(f"to watch the failing step:  {again}")
+            self._add_note(error, "\n".join([_NOTE_HEAD, *blocks]))
+        self._write()
+
+    def detach(self) -> None:
+        """Remove everything and let go of the model. What could not be judged is said once. May be called again."""
+        try:
+            self._abandon()
+            report, attached = self._report, self._model is not None
+            if attached and report and report.not_judged and not report.trace.failure and not self._off and rank() == 0:
+                self._say(not_judged_line(report.not_judged))
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+        finally:
+            self._model = self._entry = self._scaler = None
+            self._optimizers = []
+            self._training_left = 0
+            self._evaluation_left = False
+
+    def nothing_seen(
+        self, reason: str, *, emit: Emit | None = None, directory: str | os.PathLike[str] | None = None
+    ) -> None:
+        """The run is over and no model was ever attached: say that nothing could be judged, and why."""
+        try:
+            self._reset()
+            self._emit, self._directory = emit, Path(directory) if directory is not None else None
+            unobserved = dict.fromkeys(("model", "training", "evaluation"), reason)
+            self._trace = Trace(environment=environment(), unobserved=unobserved)
+            self._report = Report(self._trace, *judge(self._trace, self._rules))
+            if rank() == 0:
+                self._say(Text(f"{NAME}  nothing was judged: {reason}"))
+            self._write()
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+
+    def switch_off(self, error: Exception) -> None:
+        """A fault of AmpCheck's own: one warning, and nothing more of it in this run."""
+        self._off = True
+        self._training_left = 0
+        self._evaluation_left = False
+        self._abandon()
+        self._trace = replace(self._trace, internal_error=f"{type(error).__name__}: {error}")
+        try:
+            findings, not_judged = judge(self._trace, [internal_error])
+            self._report = Report(self._trace, findings, not_judged)
+            for finding in findings:
+                self._say(render_finding(finding, self._trace))
+        except Exception:  # noqa: BLE001
+            warnings.warn(f"AmpCheck switched itself off: {self._trace.internal_error}", RuntimeWarning, stacklevel=3)
+
+    def _expect(self, device_type: str) -> None:
+        """What is to be watched in this run, and what to say of it until it was."""
+        unobserved = {
+            "training": "no training step was watched",
+            "evaluation": "no evaluation step was watched",
+            "uncompiled": "what runs inside compiled code is not watched",
+        }
+        watchable = torch.amp.is_autocast_available(device_type)
+        if not watchable:
+            reason = f"the model is on the device {device_type!r}, for which PyTorch has no autocast"
+            unobserved |= {"training": reason, "evaluation": reason}
+        self._trace = replace(self._trace, unobserved=unobserved)
+        self._training_left = self._watch_steps if watchable else 0
+        self._evaluation_left = watchable and self._watch_steps > 0
+
+    def _step(
+        self, phase: Phase, model: nn.Module | None, autocast: AutocastProbe | None
+    ) -> AbstractContextManager[object]:
+        try:
+            watched, info = self._model, self._trace.model
+            if watched is None or info is None:
+                return _NOTHING
+            other = None
+            if model is not None and unwrapped(model) is not watched:
+                watched = unwrapped(model)
+                other = walk(watched)
+            entries = (model, self._entry, watched)
+            entry = next(one for one in entries if one is not None)
+            step = WatchedStep(phase, watched, entry, info.device_type, self._ended, info=other, autocast=autocast)
+            self._open.append(step)
+            return step
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+            return _NOTHING
+
+    def _ended(self, step: WatchedStep, error: BaseException | None) -> None:
+        """Take in what a step showed, and report when the last one to watch is done."""
+        if step not in self._open:
+            return
+        self._open.remove(step)
+        try:
+            seen = Seen(step.phase, step.trace(), step.graph(error))
+            if error is not None:
+                self._died = seen
+            elif seen.step is not None and seen.step.calls:
+                self._take(seen.phase, seen.step, seen.graph)
+        except Exception as fault:  # noqa: BLE001
+            self.switch_off(fault)
+        if error is None:
+            self._enforce()
+
+    def _take(self, phase: Phase, seen: StepTrace, graph: GraphTrace | None) -> None:
+        seen = merged(self._trace.training if phase == "training" else self._trace.evaluation, seen)
+        self._trace = Seen(phase, seen, graph).added_to(self._trace)
+        if phase == "evaluation":
+            self._evaluation_left = False
+        else:
+            self._training_left -= 1
+        if phase == "evaluation" or self._training_left == 0:
+            self._judge(phase, lambda findings: step_line(phase, seen, findings))
+
+    def _judge(self, stage: str, line: Callable[[tuple[Finding, ...]], Text], *, quiet: bool = False) -> None:
+        findings, not_judged = judge(self._trace, self._rules)
+        self._heard |= gather(stage, findings)
+        if rank() == 0:
+            findings = merged_findings(self._heard)
+        self._report = Report(self._trace, findings, not_judged)
+        new = tuple(finding for finding in findings if finding not in self._told)
+        self._told += new
+        if rank() != 0:
+            return
+        if new or not quiet:
+            self._say(line(new))
+        for finding in new:
+            self._say(render_finding(finding, self._trace))
+        self._write()
+
+    def _enforce(self) -> None:
+        if self._report is not None and not self._off:
+            reached = reaching(self._report.findings, self._fail_on)
+            if reached:
+                raise FindingsError(self._report, reached)
+
+    def _abandon(self) -> None:
+        while self._open:
+            self._open.pop().abandon()
+
+    def _say(self, text: Text) -> None:
+        if self._emit is None:
+            Console(file=sys.stderr, soft_wrap=True, highlight=False).print(text)
+        else:
+            self._emit(text.plain)
+
+    def _write(self) -> None:
+        if self._report is None or rank() != 0 or self._destination is False or self._unwritable:
+            return
+        if self._destination is not True:
+            path = Path(self._destination)
+        elif self._directory is not None:
+            path = self._directory / REPORT_NAME
+        else:
+            return
+        try:
+            self._report.write(path)
+        except OSError as error:
+            self._unwritable = True
+            self._say(Text(f"{NAME}  the report could not be written to {path}: {error.strerror or error}"))
+
+    def _add_note(self, error: BaseException, note: str) -> None:
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:
+            # Python 3.10 keeps no notes and shows none.
+            error.__notes__ = [*getattr(error, "__notes__", ()), note]
+            self._say(Text(note))

@@ -1,0 +1,205 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from ampcheck.rule import Rule
+from ampcheck.rules import RULES
+
+app = typer.Typer(
+    help="Is PyTorch mixed precision really on and sound, and if training died of it, where and why?",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
+    options_metavar="[OPTIONS]",
+)
+def run(
+    target: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]...", help="The script and its arguments.")],
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module's name, as with `python -m`.")] = False,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the report to FILE as JSON.")] = None,
+    watch_steps: Annotated[int, typer.Option(help="How many training steps to watch.")] = 1,
+    fail_on: Annotated[
+        str, typer.Option(metavar="error|warning|never", help="Stop with status 3 on a finding that severe.")
+    ] = "never",
+    select: Annotated[str, typer.Option(metavar="CODES", help="Judge only these rules: AMP101,AMP2,...")] = "",
+    ignore: Annotated[str, typer.Option(metavar="CODES", help="Do not judge these rules.")] = "",
+) -> int:
+    """Run a training script, unmodified, under the checker."""
+    from ampcheck.integrations.script import run as run_under_checker
+
+    script, *args = target
+    if not module and not Path(script).is_file():
+        raise typer.BadParameter(f"there is no script {script!r}")
+    if json is not None:
+        _require_writable(json)
+    try:
+        return run_under_checker(
+            script,
+            args,
+            module=module,
+            select=select,
+            ignore=ignore,
+            fail_on=fail_on,
+            watch_steps=watch_steps,
+            report=json or False,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def rules() -> None:
+    """List the rules."""
+    table = Table("code", "name", "severity", "what it says", box=None, header_style="bold")
+    for rule in RULES:
+        table.add_row(rule.code, rule.name, str(rule.severity), rule.summary)
+    Console().print(table)
+
+
+@app.command()
+def explain(code: Annotated[str, typer.Argument(help="A rule's code or name.")]) -> None:
+    """Show a rule's documentation."""
+    rule = next((rule for rule in RULES if code.upper() == rule.code or code.lower() == rule.name), None)
+    if rule is None:
+        raise typer.BadParameter(f"there is no rule {code!r}; `ampcheck rules` lists them")
+    Console().print(Markdown(page(rule)))
+
+
+@app.command()
+def compare(
+    factory: Annotated[
+        str, typer.Argument(metavar="FACTORY", help="`package.module:function`, which returns (model, inputs).")
+    ],
+    exported: Annotated[str, typer.Argument(metavar="EXPORTED", help="The exported model: a .pt, .pt2 or .onnx file.")],
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the report to FILE as JSON.")] = None,
+    figure: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw the error of every module, as PNG and SVG.")
+    ] = None,
+    fail_on: Annotated[
+        str, typer.Option(metavar="error|warning|never", help="Exit with status 3 on a finding that severe.")
+    ] = "never",
+    select: Annotated[str, typer.Option(metavar="CODES", help="Judge only these rules: AMP601,AMP602,...")] = "",
+    ignore: Annotated[str, typer.Option(metavar="CODES", help="Do not judge these rules.")] = "",
+) -> int:
+    """Does an exported model still compute what the eager one does, and where does it stop?"""
+    from ampcheck.export import compare as compare_export
+    from ampcheck.export import draw_errors
+    from ampcheck.report.text import render_report
+    from ampcheck.selection import reaching, threshold
+
+    for path in filter(None, (json, figure)):
+        _require_writable(path)
+    try:
+        limit = threshold(fail_on)
+        model, inputs = _made(factory)
+        report = compare_export(model, exported, inputs, select=select, ignore=ignore)
+        Console(soft_wrap=True, highlight=False).print(render_report(report))
+        if json is not None:
+            report.write(json)
+        if figure is not None and report.comparison is not None:
+            draw_errors(report.comparison, figure)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return 3 if reaching(report.findings, limit) else 0
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed and what the devices here compute natively: what a bug report needs."""
+    from ampcheck.walk import environment
+
+    found = environment()
+    table = Table(box=None, show_header=False)
+    table.add_row("ampcheck", _version("ampcheck"))
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    table.add_row("torch", found.torch)
+    for (device, dtype), native in sorted(found.native.items()):
+        table.add_row(f"{device} {dtype}", "native" if native else "emulated or not supported")
+    for host in _hosts():
+        table.add_row(host, _version(host))
+    Console().print(table)
+
+
+def page(rule: Rule) -> str:
+    """A rule's documentation page as Markdown."""
+    sections = re.sub(r"(?m)^(?=\S)(.+)\n(?=    )", r"### \1\n\n", rule.page)
+    body = re.sub(r"(?m)^    ", "", sections)
+    return f"## {rule.code} {rule.name}\n\n*{rule.severity}*\n\n{body}\n\n### Fix\n\n{rule.fix}\n"
+
+
+def main() -> None:
+    """The console script: exit status 2 with one line on standard error for input that means nothing."""
+    try:
+        # Calling the app itself would put its own `sys.excepthook` in the script's way.
+        status: Any = typer.main.get_command(app)(standalone_mode=False)
+    except typer.Abort:
+        status = 130
+    except Exception as error:
+        show = getattr(error, "format_message", None)
+        if show is None:
+            raise
+        sys.stderr.write(f"ampcheck: {show()}\n")
+        status = 2
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _made(factory: str) -> tuple[Any, Any]:
+    """The model and the inputs that ``package.module:function`` returns. Modules are looked for in the working
+    directory too. Raises ``ValueError``."""
+    module, _, name = factory.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), name)()
+        model, inputs = made
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        raise ValueError(
+            f"the factory {factory!r} does not give a model and its inputs: {type(error).__name__}: {lines[0]}"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not hasattr(model, "named_modules"):
+        raise ValueError(f"the factory {factory!r} returns a {type(model).__name__} where the model belongs")
+    return model, inputs
+
+
+def _hosts() -> list[str]:
+    """The distributions that AmpCheck's extras name."""
+    names = set()
+    for requirement in importlib.metadata.requires("ampcheck") or ():
+        match = re.match(r"([\w.-]+)[^;]*;.*extra == [\"'](?!all|dev|test|export)([\w-]+)[\"']", requirement)
+        if match:
+            names.add(match[1])
+    return sorted(names)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _require_writable(path: str) -> None:
+    parent = Path(path).absolute().parent
+    if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise typer.BadParameter(f"the report cannot be written to {path!r}")

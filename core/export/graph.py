@@ -1,0 +1,148 @@
+"""What every exported form can do: run, show what its modules compute, and show what is in its graph."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ampcheck.export.eager import Call
+from ampcheck.export.values import Inputs
+from ampcheck.trace import OpaqueCall, Site
+
+
+class Constant(NamedTuple):
+    """A tensor constant of the graph; without a value, one the graph makes blank (``zeros``, ``empty``) and in which
+    only something outside the dispatcher can have put more."""
+
+    module: str
+    value: Tensor | None
+    site: Site | None
+
+
+class Cast(NamedTuple):
+    """A cast to low precision."""
+
+    module: str
+    dtype: str
+    site: Site | None
+
+
+class TrainingOp(NamedTuple):
+    """A dropout that drops, or a normalization by the batch."""
+
+    op: str
+    module: str
+    site: Site | None
+
+
+@dataclass(frozen=True)
+class Visible:
+    """The dtype and sizes an export says an input has; a size that may be any is ``None``."""
+
+    name: str
+    dtype: torch.dtype | None
+    shape: tuple[int | None, ...] | None
+
+
+class Value(NamedTuple):
+    """A value of a flat graph: the module it was made in, and those it is used in (``None``: it is an output)."""
+
+    tensor: Tensor
+    module: str
+    users: Sequence[str | None]
+
+
+POOLED = -1
+
+
+def pooled(values: list[Value]) -> list[Call]:
+    """What crosses the borders of each module in a flat graph. Calls of one module are not told apart; its last
+    value puts a module in its place in the order."""
+    outputs: dict[str, list[Tensor]] = {}
+    inputs: dict[str, list[Tensor]] = {}
+    for tensor, module, users in values:
+        for outer in around(module):
+            if any(user is None or not inside(user, outer) for user in users):
+                outputs[outer] = [*outputs.pop(outer, []), tensor]
+        entered = {outer for user in users if user is not None for outer in around(user) if not inside(module, outer)}
+        for outer in entered:
+            inputs.setdefault(outer, []).append(tensor)
+    return [Call(name, "", POOLED, inputs.get(name, []), tensors) for name, tensors in outputs.items()]
+
+
+def around(module: str) -> list[str]:
+    """``["a.b", "a", ""]`` of ``a.b``."""
+    parts = module.split(".") if module else []
+    return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+
+
+def inside(module: str, outer: str) -> bool:
+    return not outer or module == outer or module.startswith(f"{outer}.")
+
+
+class Exported(abc.ABC):
+    """An exported model.
+
+    ``format`` is what to call it, ``practice`` whose tolerance it is held to, ``traced`` whether one run on an example
+    made it, so that other sizes are nothing it claims to take. ``modules`` are the names of the eager model's modules,
+    and ``parameters`` those of its forward's parameters.
+    """
+
+    format: str
+    practice: str
+    traced = False
+    modules: frozenset[str] = frozenset()
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that holds parameters and buffers, where there is one."""
+        return None
+
+    def arity(self) -> tuple[int, int] | None:
+        """The least and the largest number of arguments, where known."""
+        return None
+
+    def check(self, inputs: Inputs) -> None:  # noqa: B027 - most forms take whatever has the right number
+        """Raises ``ValueError`` for inputs that cannot be handed to it."""
+
+    def declared(self) -> tuple[Visible, ...]:
+        """What it says of its inputs, in order."""
+        return ()
+
+    def in_float32(self) -> Exported | None:
+        """The same with float32 parameters, where it can be had."""
+        return None
+
+    def written(self) -> set[str]:
+        """The buffers that the graph says it writes."""
+        return set()
+
+    def resized_shapes(self, inputs: Inputs) -> list[tuple[int, ...]] | None:
+        """Other sizes that it claims to take, for every input tensor; ``None`` where it claims nothing."""
+        return None
+
+    @abc.abstractmethod
+    def run(self, inputs: Inputs) -> Any:
+        """Its outputs, on ``inputs`` that it may write to."""
+
+    @abc.abstractmethod
+    def calls(self, inputs: Inputs, seed: int) -> tuple[list[Call], str | None]:
+        """What its modules computed, in order, and why that is not all."""
+
+    @abc.abstractmethod
+    def constants(self) -> Iterator[Constant]: ...
+
+    @abc.abstractmethod
+    def opaque_calls(self) -> Iterator[OpaqueCall]: ...
+
+    @abc.abstractmethod
+    def casts(self) -> Iterator[Cast]: ...
+
+    @abc.abstractmethod
+    def training_ops(self) -> Iterator[TrainingOp]: ...

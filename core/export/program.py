@@ -1,0 +1,204 @@
+"""`torch.export` programs: running one node by node, and reading its graph."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ampcheck.export.eager import Call, quiet_state
+from ampcheck.export.graph import Cast, Constant, Exported, TrainingOp, Value, Visible, pooled
+from ampcheck.export.values import Inputs, tensors_in
+from ampcheck.source import is_library, is_ours, is_torch, site_of
+from ampcheck.trace import OpaqueCall, Site
+from ampcheck.walk import dtype_name
+
+_DROPOUT = {"aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::alpha_dropout", "aten::native_dropout"}
+_NORM = {
+    "aten::batch_norm",
+    "aten::instance_norm",
+    "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit_functional",
+    "aten::native_batch_norm",
+}
+_CASTS = {"aten::to", "aten::_to_copy"}
+_LOW = (torch.float16, torch.bfloat16)
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+
+class Program(Exported):
+    """An ``ExportedProgram``, in memory or from a ``.pt2`` file."""
+
+    format = "torch.export program"
+    practice = "torch"
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._program = program
+        self._module: fx.GraphModule = program.module()
+        self._placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def arity(self) -> tuple[int, int] | None:
+        args, kwargs = self._program.call_spec.in_spec.children_specs
+        count = len(args.children_specs) + len(kwargs.children_specs)
+        return count, count
+
+    def declared(self) -> tuple[Visible, ...]:
+        found = []
+        for name in self._program.graph_signature.user_inputs:
+            node = self._placeholders.get(name) if isinstance(name, str) else None
+            value = node.meta.get("val") if node is not None else None
+            if isinstance(value, Tensor):
+                shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+                found.append(Visible(str(name), value.dtype, shape))
+        return tuple(found)
+
+    def resized_shapes(self, inputs: Inputs) -> list[tuple[int, ...]] | None:
+        values = [self._placeholders[v.name].meta["val"] for v in self.declared()]
+        tensors = inputs.tensors
+        if len(values) != len(tensors):
+            return None
+        chosen: dict[Any, int] = {}
+        for value, tensor in zip(values, tensors, strict=True):
+            for size, given in zip(value.shape, tensor.shape, strict=True):
+                expression = getattr(getattr(size, "node", None), "expr", None)
+                if expression is not None and getattr(expression, "is_Symbol", False):
+                    bounds = self._program.range_constraints.get(expression)
+                    chosen.setdefault(expression, _other(given, bounds))
+        if not chosen:
+            return None
+        shapes = []
+        for value in values:
+            sizes = (size if isinstance(size, int) else int(size.node.expr.subs(chosen)) for size in value.shape)
+            shapes.append(tuple(sizes))
+        return shapes
+
+    def run(self, inputs: Inputs) -> Any:
+        return self._module(*inputs.args, **inputs.kwargs)
+
+    def calls(self, inputs: Inputs, seed: int) -> tuple[list[Call], str | None]:
+        given = inputs.copied()
+        interpreter = _Recorder(self._module)
+        spec = self._module._in_spec
+        flat = _flat(given, spec)
+        with torch.no_grad(), quiet_state(seed, self._module):
+            try:
+                interpreter.run(*flat, enable_io_processing=False)
+            except Exception as error:  # noqa: BLE001 - whatever an op of the user's raises
+                return pooled(interpreter.values), f"the program stopped: {str(error).splitlines()[0]}"
+        return pooled(interpreter.values), None
+
+    def constants(self) -> Iterator[Constant]:
+        named = self._program.graph_signature.inputs_to_lifted_tensor_constants
+        for placeholder, name in named.items():
+            value = self._program.constants.get(name)
+            if isinstance(value, Tensor):
+                users = list(self._placeholders[placeholder].users)
+                yield Constant(_path(users[0]) if users else "", value, _site(users[0]) if users else None)
+
+    def opaque_calls(self) -> Iterator[OpaqueCall]:
+        for node in self._calls():
+            target = node.target
+            known = isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
+            if isinstance(target, torch._ops.HigherOrderOperator) and "autograd_function" in target.name():
+                yield OpaqueCall("autograd-function", target.name(), _path(node), _site(node))
+            elif not known and getattr(target, "__module__", "") not in (operator.__name__, "_operator", "math"):
+                name = getattr(target, "__name__", str(target))
+                if not str(getattr(target, "__module__", "")).startswith(("torch", "builtins")):
+                    yield OpaqueCall("python", name, _path(node), _site(node))
+
+    def casts(self) -> Iterator[Cast]:
+        for node in self._calls():
+            if _name(node) in _CASTS:
+                dtype = next((v for v in (*node.args[1:], *node.kwargs.values()) if isinstance(v, torch.dtype)), None)
+                if dtype in _LOW:
+                    assert dtype is not None
+                    yield Cast(_path(node), dtype_name(dtype), _site(node))
+
+    def training_ops(self) -> Iterator[TrainingOp]:
+        for node in self._calls():
+            if _name(node) in _DROPOUT and len(node.args) > 2 and node.args[2] is True:
+                yield TrainingOp("dropout", _path(node), _site(node))
+            elif _name(node) in _NORM and len(node.args) > 5 and node.args[5] is True:
+                yield TrainingOp("batch_norm", _path(node), _site(node))
+
+    def written(self) -> set[str]:
+        """The buffers whose new values the program returns."""
+        return set(self._program.graph_signature.buffers_to_mutate.values())
+
+    def _calls(self) -> Iterator[fx.Node]:
+        """Nodes that call something, those of inner graphs included."""
+        for module in self._program.graph_module.modules():
+            if isinstance(module, fx.GraphModule):
+                for node in module.graph.nodes:
+                    if node.op == "call_function":
+                        yield node
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps every value that leaves the module it was made in."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.values: list[Value] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and "guards" in str(n.target):
+            return None
+        result = super().run_node(n)
+        if n.op in ("call_function", "placeholder", "call_module"):
+            users = [None if user.op == "output" else _path(user) for user in n.users]
+            for tensor in tensors_in(result):
+                self.values.append(Value(tensor.detach().clone(), _path(n), users))
+        return result
+
+
+def _flat(inputs: Inputs, spec: Any) -> list[Any]:
+    kwargs = {key: inputs.kwargs[key] for key in spec.children_specs[1].context if key in inputs.kwargs}
+    leaves: list[Any] = torch.utils._pytree.tree_leaves((inputs.args, kwargs))
+    return leaves
+
+
+def _other(given: int, bounds: Any) -> int:
+    """Another size within the bounds."""
+    for size in (given + 1, given + 2, given - 1, 2 * given):
+        if size >= 2 and (bounds is None or bounds.lower <= size <= bounds.upper):
+            return size
+    return given
+
+
+def _path(node: fx.Node) -> str:
+    """The innermost module of a node, by its qualified name: ``bs.0`` also where it is written ``L['self'].bs[0]``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    name = str(list(stack.values())[-1][0]) if stack else ""
+    name = re.sub(r"@\d+", "", name)
+    name = re.sub(r"^L\['\w+'\]\.?", "", name)
+    name = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)
+    return name.replace("_modules.", "").strip(".")
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name if schema is not None else ""
+
+
+def _site(node: fx.Node) -> Site | None:
+    """The user's innermost line in a node's stack, else the innermost outside PyTorch."""
+    outside: Site | None = None
+    for match in reversed(list(_FRAME.finditer(node.meta.get("stack_trace") or ""))):
+        file, line = match["file"], int(match["line"])
+        if is_ours(file):
+            continue
+        if not is_library(file):
+            return site_of(file, line, match["function"])
+        if outside is None and not is_torch(file):
+            outside = site_of(file, line, match["function"])
+    return outside

@@ -1,0 +1,306 @@
+"""TorchScript: running a trace or script with what its modules computed, and reading its graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ampcheck.export.eager import Call, quiet_state, snapshot
+from ampcheck.export.graph import Cast, Constant, Exported, TrainingOp, Value, pooled
+from ampcheck.export.values import Inputs, tensors_in
+from ampcheck.source import is_library, is_ours, is_torch, site_of
+from ampcheck.trace import OpaqueCall, Site
+from ampcheck.walk import dtype_name
+
+_DROPOUT = ("aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::alpha_dropout", "aten::native_dropout")
+_FACTORY = re.compile(r"aten::(new_)?(empty|zeros|ones|full)(_like|_strided)?$")
+_SCALAR_TYPES = {5: torch.float16, 15: torch.bfloat16}
+_FRAME = re.compile(r"(?m)^(?P<file>.+?)(?:\((?P<line>\d+)\): (?P<function>\S+)|:(?P<single>\d+):\d+)\s*$")
+
+
+class TorchScript(Exported):
+    """A module of ``torch.jit.trace`` or ``torch.jit.script``, in memory or from a file."""
+
+    practice = "torch"
+
+    def __init__(self, module: torch.jit.ScriptModule) -> None:
+        self._module = module
+        traced = isinstance(module, torch.jit._trace.TopLevelTracedModule) or _looks_traced(module)
+        self.format = f"TorchScript {'trace' if traced else 'script'}"
+        self.traced = traced
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def arity(self) -> tuple[int, int] | None:
+        forward: Any = self._module.forward
+        arguments = forward.schema.arguments[1:]
+        return sum(not argument.has_default_value() for argument in arguments), len(arguments)
+
+    def run(self, inputs: Inputs) -> Any:
+        with quiet():
+            return self._module(*inputs.args, **inputs.kwargs)
+
+    def calls(self, inputs: Inputs, seed: int) -> tuple[list[Call], str | None]:
+        try:
+            copy = _copied(self._module)
+        except RuntimeError:
+            return self._calls_by_scope(inputs, seed), None
+        if not any(True for _ in copy.children()):
+            return [], "the modules were inlined when the graph was frozen"
+        recorder = _Recorder()
+        seen: dict[int, Any] = {}
+        for module in copy.modules():
+            script: Any = module._c
+            for name in script._method_names():
+                graph = script._get_method(name).graph
+                if id(graph) not in seen:
+                    seen[id(graph)] = graph
+                    _insert_taps(graph, graph)
+        given = inputs.copied()
+        with recorder, torch.no_grad(), quiet_state(seed, copy), torch.jit._fuser.optimized_execution(False):
+            recorder.enter("", given.tensors)
+            try:
+                outputs = snapshot(self._run_copy(copy, given))
+            except RuntimeError as error:
+                return recorder.calls, f"the exported model stopped in {recorder.path or 'the model'}: {_line(error)}"
+            recorder.leave("", outputs)
+        return recorder.calls, None
+
+    def _calls_by_scope(self, inputs: Inputs, seed: int) -> list[Call]:
+        """The same through the scopes of the inlined graph: a graph with Python calls cannot be copied by saving it."""
+        graph: Any = self._module.inlined_graph
+        values = [
+            (
+                value,
+                _scope(node),
+                [_scope(use.user) if use.user.kind() != "prim::Return" else None for use in value.uses()],
+            )
+            for node in graph.nodes()
+            for value in node.outputs()
+            if value.type().isSubtypeOf(torch._C.TensorType.get())
+            and node.kind() not in ("prim::GetAttr", "prim::Constant")
+        ]
+        given = inputs.copied()
+        taken = [(value, "", [_scope(use.user) for use in value.uses()]) for value in list(graph.inputs())[1:]]
+        seen: list[Value] = []
+        recorder = _Recorder(on_value=lambda name, tensor: seen.append(Value(tensor, *notes[int(name)])))
+        notes = {index: (scope, users) for index, (_, scope, users) in enumerate(values)}
+        for index, (value, _, _) in enumerate(values):
+            label = graph.insertConstant(str(index))
+            label.node().moveBefore(value.node())
+            graph.create("ampcheck_tap::leave", [label, value], 0).insertAfter(value.node())
+        function = torch._C._create_function_from_graph("ampcheck_scopes", graph)
+        outside = [Value(t, "", users) for t, (_, _, users) in zip(given.tensors, taken, strict=False)]
+        with recorder, torch.no_grad(), quiet_state(seed, self._module), quiet():
+            function(self._module._c, *given.args, **given.kwargs)
+        return pooled([*outside, *seen])
+
+    @staticmethod
+    def _run_copy(copy: torch.jit.ScriptModule, inputs: Inputs) -> Any:
+        with quiet():
+            return copy(*inputs.args, **inputs.kwargs)
+
+    @functools.cached_property
+    def _nodes(self) -> list[tuple[str, Any]]:
+        """Every node with the module it is in, blocks included."""
+        return list(_walk(self._module))
+
+    def in_float32(self) -> Exported | None:
+        try:
+            return TorchScript(_copied(self._module).float())
+        except RuntimeError:
+            return None
+
+    def constants(self) -> Iterator[Constant]:
+        for module, node in self._nodes:
+            if node.kind() == "prim::Constant" and node.hasAttribute("value") and node.kindOf("value") == "t":
+                yield Constant(module, node.t("value"), _site(node))
+            elif _FACTORY.match(node.kind()):
+                yield Constant(module, None, _site(node))
+
+    def opaque_calls(self) -> Iterator[OpaqueCall]:
+        for module, node in self._nodes:
+            if node.kind() == "prim::PythonOp":
+                function = node.hasAttribute("Subgraph") or "autograd" in str(node.pyobj())
+                yield OpaqueCall("autograd-function" if function else "python", node.pyname(), module, _site(node))
+            elif not node.kind().startswith(("prim::", "onnx::")) and node.schema() == "(no schema)":
+                yield OpaqueCall("no-schema", node.kind(), module, _site(node))
+
+    def casts(self) -> Iterator[Cast]:
+        for module, node in self._nodes:
+            if node.kind() in ("aten::to", "aten::_to_copy"):
+                for value in node.inputs():
+                    number = value.toIValue() if value.node().kind() == "prim::Constant" else None
+                    if isinstance(number, int) and not isinstance(number, bool) and number in _SCALAR_TYPES:
+                        yield Cast(module, dtype_name(_SCALAR_TYPES[number]), _site(node))
+                        break
+
+    def training_ops(self) -> Iterator[TrainingOp]:
+        for module, node in self._nodes:
+            inputs = list(node.inputs())
+            if node.kind() in _DROPOUT and _true(inputs[2]):
+                yield TrainingOp("dropout", module, _site(node))
+            elif node.kind() in ("aten::batch_norm", "aten::instance_norm") and _true(inputs[5]):
+                yield TrainingOp(node.kind().removeprefix("aten::"), module, _site(node))
+
+
+@dataclass
+class _Recorder:
+    """What the taps report. The taps are ops, registered for as long as they are needed."""
+
+    calls: list[Call] = field(default_factory=list)
+    on_value: Callable[[str, Tensor], None] | None = None
+    _stack: list[tuple[str, list[Tensor]]] = field(default_factory=list)
+    _counts: Counter[str] = field(default_factory=Counter)
+    _library: Any = None
+
+    def __enter__(self) -> _Recorder:
+        self._library = torch.library.Library("ampcheck_tap", "DEF")
+        for name in ("enter", "leave"):
+            # An op without outputs stays in the graph only where it may have any side effect.
+            self._library.define(f"{name}(str name, Any value) -> ()", alias_analysis="CONSERVATIVE")
+            self._library.impl(name, getattr(self, name), "CompositeExplicitAutograd")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._library._destroy()
+
+    @property
+    def path(self) -> str:
+        return ".".join(name for name, _ in self._stack if name)
+
+    def enter(self, name: str, value: Any) -> None:
+        self._stack.append((name, [tensor.detach().clone() for tensor in tensors_in(value)]))
+
+    def leave(self, name: str, value: Any) -> None:
+        if self.on_value is not None:
+            self.on_value(name, value.detach().clone())
+            return
+        path = self.path
+        _, inputs = self._stack.pop()
+        outputs = [tensor.detach().clone() for tensor in tensors_in(value)]
+        self.calls.append(Call(path, "", self._counts[path], inputs, outputs))
+        self._counts[path] += 1
+
+
+def _copied(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    with quiet():
+        buffer = io.BytesIO()
+        torch.jit.save(module, buffer)
+        buffer.seek(0)
+        copy: torch.jit.ScriptModule = torch.jit.load(buffer)
+    copy.train(module.training)
+    return copy
+
+
+def _insert_taps(graph: Any, block: Any) -> None:
+    """Around every call of a submodule: what goes in and what comes out."""
+    for node in list(block.nodes()):
+        for inner in node.blocks():
+            _insert_taps(graph, inner)
+        if node.kind() != "prim::CallMethod":
+            continue
+        owner, *arguments = node.inputs()
+        path = _attribute_path(owner)
+        if not path:
+            continue
+        packed = graph.create("prim::TupleConstruct", arguments, 1)
+        packed.insertBefore(node)
+        packed.output().setType(torch._C.TupleType([argument.type() for argument in arguments]))
+        for name, value in (("enter", packed.output()), ("leave", node.output())):
+            label = graph.insertConstant(path)
+            label.node().moveBefore(node)
+            tap = graph.create(f"ampcheck_tap::{name}", [label, value], 0)
+            if name == "enter":
+                tap.insertBefore(node)
+            else:
+                tap.insertAfter(node)
+
+
+def _attribute_path(value: Any) -> str:
+    """``bs.0`` of ``GetAttr[name="0"](GetAttr[name="bs"](self))``; nothing for ``self``."""
+    parts: list[str] = []
+    while value.node().kind() == "prim::GetAttr":
+        parts.append(value.node().s("name"))
+        value = next(iter(value.node().inputs()))
+    return ".".join(reversed(parts))
+
+
+def _scope(node: Any) -> str:
+    """``b1.n`` of the scope ``__module.b1/__module.b1.n``."""
+    innermost: str = node.scopeName().rpartition("/")[2]
+    return innermost.removeprefix("__module.").removeprefix("__module")
+
+
+def _walk(module: Any, path: str = "", method: str = "forward", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    c = getattr(module, "_c", module)
+    yield from _walk_block(c, c._get_method(method).graph, path, depth)
+
+
+def _walk_block(c: Any, block: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+    for node in block.nodes():
+        if node.kind() == "prim::CallMethod" and depth < 64:
+            target = _attribute_path(next(iter(node.inputs())))
+            owner = c
+            for name in target.split(".") if target else ():
+                owner = owner.getattr(name)
+            inner = ".".join(part for part in (path, target) if part)
+            yield from _walk_block(owner, owner._get_method(node.s("name")).graph, inner, depth + 1)
+        else:
+            yield path, node
+            for nested in node.blocks():
+                yield from _walk_block(c, nested, path, depth)
+
+
+def _looks_traced(module: torch.jit.ScriptModule) -> bool:
+    """A trace has no control flow and its source was a Python stack, not one file."""
+    kinds = {node.kind() for _, node in _walk(module)}
+    if kinds & {"prim::If", "prim::Loop"}:
+        return False
+    ranges = (node.sourceRange() for _, node in _walk(module) if node.kind().startswith("aten::"))
+    return any("_trace.py" in text for text in ranges)
+
+
+def _site(node: Any) -> Site | None:
+    """The user's line in a node's Python stack, innermost first, else the innermost line outside PyTorch."""
+    outside: Site | None = None
+    for match in _FRAME.finditer(node.sourceRange()):
+        file, line = match["file"].strip(), int(match["line"] or match["single"])
+        if file.startswith('File "'):
+            file = file.removeprefix('File "').rstrip('",')
+        if is_ours(file):
+            break
+        if not is_library(file):
+            return site_of(file, line, match["function"] or "forward")
+        if outside is None and not is_torch(file):
+            outside = site_of(file, line, match["function"] or "forward")
+    return outside
+
+
+def _true(value: Any) -> bool:
+    return value.node().kind() == "prim::Constant" and value.toIValue() is True
+
+
+def _line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if "Error" in line]
+    return (lines[-1] if lines else str(error).splitlines()[0]).strip()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """TorchScript is deprecated, which whoever made the export has been told."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

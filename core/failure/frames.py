@@ -1,0 +1,199 @@
+"""The frames an exception passed through: whose they are, which phase and which module they belong to."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType, FrameType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from ampcheck.source import is_library, is_ours, is_torch, site_of
+from ampcheck.trace import Role, Site
+
+Span = tuple[int, int, int, int]
+
+_SCALER = "amp/grad_scaler.py"
+
+# What Dynamo appends to an error raised while it traced the user's code, whose frames are not in the traceback.
+_USER_CODE = re.compile(r'^\s+File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)', re.MULTILINE)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One frame of a traceback, or one that Dynamo quotes (then without variables).
+
+    ``span`` is the expression that was being evaluated: line, end line, column and end column (UTF-8 bytes), where
+    Python tells (3.11 and later). A place lives only while a failure is examined.
+    """
+
+    file: str
+    line: int
+    function: str
+    names: Mapping[str, Any] = field(default_factory=dict)
+    globals: Mapping[str, Any] = field(default_factory=dict)
+    span: Span | None = None
+    receiver: Any = None
+
+    @property
+    def library(self) -> bool:
+        return is_library(self.file)
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.receiver if isinstance(self.receiver, nn.Module) else None
+
+    def in_torch(self, path: str) -> bool:
+        """Whether this is PyTorch's own file ``path`` (``"amp/grad_scaler.py"``)."""
+        return is_torch(self.file) and self.file.replace("\\", "/").endswith(f"/torch/{path}")
+
+    def site(self, role: Role = "raise") -> Site:
+        return site_of(self.file, self.line, self.function, role)
+
+
+def chain(exc: BaseException) -> Iterator[tuple[BaseException, bool]]:
+    """``exc`` and what led to it, outermost first; the flag is false where the link is only *during handling of*."""
+    seen: set[int] = set()
+    current: BaseException | None = exc
+    explicit = True
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current, explicit
+        rewrapped = _rewrapped(current)
+        explicit = current.__cause__ is not None or rewrapped
+        hidden = current.__suppress_context__ and not rewrapped
+        current = current.__cause__ or (None if hidden else current.__context__)
+
+
+def _rewrapped(exc: BaseException) -> bool:
+    """Dynamo wraps what it caught without saying ``from``, and a framework may raise it again in its own words as
+    the same type, ``from None``: the text holds the original's."""
+    inner = exc.__context__
+    if inner is None or not str(inner).strip():
+        return False
+    known = type(exc).__module__ == "torch._dynamo.exc" or type(exc) is type(inner)
+    return known and str(inner).strip() in str(exc)
+
+
+def places(exc: BaseException, model: nn.Module | None) -> tuple[Place, ...]:
+    """The places ``exc`` passed through, outermost first, without AmpCheck's own."""
+    found = [
+        _place(frame, line, lasti) for frame, line, lasti in _frames(exc.__traceback__) if not is_ours(_file(frame))
+    ]
+    quoted = list(_USER_CODE.finditer(str(exc).partition("from user code:")[2]))
+    found += [_quoted(match["file"], int(match["line"]), match["function"], model, found) for match in quoted]
+    return tuple(found)
+
+
+def callers(exc: BaseException) -> tuple[Place, ...]:
+    """The places that called the code ``exc`` passed through and are still running, outermost first."""
+    frame = exc.__traceback__.tb_frame.f_back if exc.__traceback__ is not None else None
+    found: list[Place] = []
+    while frame is not None:
+        if not is_ours(_file(frame)):
+            found.append(_place(frame, frame.f_lineno, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(reversed(found))
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int, int]]:
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lineno, traceback.tb_lasti
+        traceback = traceback.tb_next
+
+
+def _file(frame: FrameType) -> str:
+    return frame.f_code.co_filename
+
+
+def _place(frame: FrameType, line: int, lasti: int) -> Place:
+    code = frame.f_code
+    names = dict(frame.f_locals)
+    receiver = names.get(code.co_varnames[0]) if code.co_argcount else None
+    if receiver is not None and code.co_varnames[0] != "self" and not _is_method(code, type(receiver)):
+        receiver = None
+    # `co_qualname` and `co_positions` came with Python 3.11.
+    function: str = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")
+    span: Span | None = None
+    if hasattr(code, "co_positions") and lasti >= 0:
+        position = next(itertools.islice(code.co_positions(), lasti // 2, None), None)
+        if position is not None and None not in position:
+            span = position
+    return Place(_file(frame), line, function, names, frame.f_globals, span, receiver)
+
+
+def _is_method(code: CodeType, kind: type) -> bool:
+    """Whether ``code`` is that of a method of ``kind``, under whatever decorators keep ``__wrapped__``."""
+    for base in kind.__mro__:
+        method = vars(base).get(code.co_name)
+        while method is not None:
+            if getattr(method, "__code__", None) is code:
+                return True
+            method = getattr(method, "__wrapped__", None)
+    return False
+
+
+def _quoted(file: str, line: int, function: str, model: nn.Module | None, around: Sequence[Place]) -> Place:
+    roots = [model] if model is not None else [place.module for place in around if place.module is not None]
+    owners = [
+        module
+        for module in (roots[0].modules() if roots else ())
+        if (code := getattr(getattr(type(module), function.rpartition(".")[2], None), "__code__", None)) is not None
+        and code.co_filename == file
+        and code.co_firstlineno <= line <= max((entry[2] or 0 for entry in code.co_lines()), default=0)
+    ]
+    owner = owners[0] if len({id(module) for module in owners}) == 1 else None
+    method = getattr(type(owner), function.rpartition(".")[2], None)
+    names = {method.__code__.co_varnames[0]: owner} if method is not None else {}
+    return Place(file, line, function, names, getattr(method, "__globals__", {}), None, owner)
+
+
+def sites(found: Sequence[Place]) -> tuple[Site, ...]:
+    """User frames innermost first, then library frames innermost first."""
+    inward = found[::-1]
+    return tuple(place.site() for own in (False, True) for place in inward if place.library is own)
+
+
+def phase_of(found: Sequence[Place], given: str) -> str:
+    """What the step was doing: ``forward``, ``backward``, ``scale``, ``unscale``, ``clip``, ``step``, ``update``; or
+    ``given``, where the frames say nothing and it is not a training step."""
+    in_module = False
+    for place in reversed(found):
+        if place.in_torch("autograd/__init__.py") or place.in_torch("autograd/graph.py"):
+            return "backward"
+        if in_module:
+            continue
+        if place.in_torch("nn/utils/clip_grad.py"):
+            return "clip"
+        if place.in_torch(_SCALER):
+            name = place.function.rpartition(".")[2].strip("_").partition("_")[0]
+            return {"unscale": "unscale", "update": "update", "scale": "scale", "apply": "scale"}.get(name, "step")
+        if "/torch/optim/" in place.file.replace("\\", "/") and is_torch(place.file):
+            return "step"
+        in_module = place.module is not None
+    return "forward" if given.startswith("train") else given
+
+
+def inner(found: Sequence[Place]) -> Sequence[Place]:
+    """The places inside the last call of the autograd engine or of a scaler, or all of them."""
+    for index in range(len(found) - 1, -1, -1):
+        if any(found[index].in_torch(path) for path in ("autograd/__init__.py", "autograd/graph.py", _SCALER)):
+            return found[index + 1 :]
+    return found
+
+
+def root_of(found: Sequence[Place], model: nn.Module | None) -> nn.Module | None:
+    """The model, or the outermost module in the frames where none was given."""
+    if model is not None:
+        return model
+    return next((place.module for place in found if place.module is not None), None)
+
+
+def user_code_first(found: Sequence[Place]) -> Iterator[Place]:
+    """User places innermost first, then those of libraries other than PyTorch."""
+    inward = found[::-1]
+    yield from (place for place in inward if not place.library)
+    yield from (place for place in inward if place.library and not is_torch(place.file))

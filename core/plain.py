@@ -1,0 +1,348 @@
+"""A plain training loop: no host says when a step begins, so the model's calls and the optimizer's steps do."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ampcheck.checker import AmpChecker, Emit, FindingsError
+from ampcheck.precision import Precision
+from ampcheck.probes.autocast import AutocastProbe, autocast_state
+from ampcheck.probes.compiled import on_call
+from ampcheck.report import Report
+from ampcheck.step import WatchedStep
+from ampcheck.trace import Host
+from ampcheck.walk import dtype_name, is_compiled, unwrapped
+
+
+class watch:
+    """Watch a plain training loop: ``with ampcheck.watch(model, optimizer=optimizer, scaler=scaler): ...``
+
+    The first call of ``model`` in training mode with gradients is the fit start and opens the watched step; the first
+    such call after an ``optimizer.step()``, or ``model.eval()``, ends it. The first call after ``model.eval()`` is the
+    watched evaluation step. After them nothing is left in place. An exception that leaves the block carries a note.
+
+    ``model``: the module the loop calls; ``None`` takes the first one that trains. ``optimizer`` may be several.
+    What is not given of ``optimizer`` and ``scaler`` is looked for among the objects that are alive at fit start:
+    optimizers that hold parameters of the model, and a scaler.
+    ``precision`` is what is asked for; by default, what is observed. The other options are those of ``AmpChecker``;
+    ``checker`` is one made elsewhere, in place of them; ``again`` says what to call to watch so many steps, for the note
+    of a failure that came after the watched ones. Raises ``TypeError`` for a model that is no module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        *,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        precision: Precision | None = None,
+        checker: AmpChecker | None = None,
+        host: Host | None = None,
+        emit: Emit | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        again: Callable[[int], str] = "ampcheck.watch(..., watch_steps={})".format,
+        **options: Any,
+    ) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"watch() takes the torch.nn.Module that trains, not {type(model).__name__}")
+        if checker is not None and options:
+            raise TypeError(f"give either checker= or the options of one ({', '.join(options)})")
+        self._checker = AmpChecker(**options) if checker is None else checker
+        self._model = model
+        self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
+        self._scaler = scaler
+        self._precision = precision
+        self._context: dict[str, Any] = {"host": host, "emit": emit, "directory": directory}
+        self._autocast = AutocastProbe()
+        self._training = ExitStack()
+        self._evaluation = ExitStack()
+        self._listening = ExitStack()
+        self._step: WatchedStep | None = None
+        self._outermost: nn.Module | None = None
+        self._optimized = False
+        self._forwards = 0
+        self._again = again
+        self._nodes = 0
+        self._begun = 0
+        self._ended = 0
+        self._thread = threading.get_ident()
+
+    @property
+    def report(self) -> Report | None:
+        """What is known so far; ``None`` before the first training forward."""
+        return self._checker.report
+
+    def __enter__(self) -> watch:
+        self._thread = threading.get_ident()
+        self._step = self._outermost = None
+        self._optimized = False
+        self._ended = 0
+        self._autocast.waiting = True
+        self._training.enter_context(self._autocast)
+        self._training.callback(self._listening.close)
+        self._listen()
+        self._training.callback(register_optimizer_step_post_hook(self._contained(self._stepped)).remove)
+        self._await_evaluation()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc is not None:
+            if self._optimized:
+                # The step was complete when something else raised.
+                with contextlib.suppress(FindingsError):
+                    self._end_step()
+            self._checker.diagnose(exc, again=self._watching_this_step())
+        ended = exc is None or isinstance(exc, SystemExit)
+        try:
+            self._end_step(None if ended else exc)
+            if self._outermost is None and ended:
+                self._contained(self._never_trained)()
+        finally:
+            self._training.close()
+            self._evaluation.close()
+            self._checker.detach()
+
+    def _never_trained(self) -> None:
+        """Silence is never ambiguous: what can be told without a training step, or that nothing can."""
+        if self._model is not None:
+            self._attach(self._model)
+            return
+        reason = "no call of a module that trains was seen"
+        self._checker.nothing_seen(reason, emit=self._context["emit"], directory=self._context["directory"])
+
+    def _contained(self, hook: Callable[..., None]) -> Callable[..., None]:
+        """``hook`` for the thread that watches; unable to raise anything but ``FindingsError``."""
+
+        def call(*args: Any) -> None:
+            # What Dynamo traces must be the user's program alone.
+            if torch.compiler.is_dynamo_compiling() or threading.get_ident() != self._thread:
+                return
+            try:
+                hook(*args)
+            except FindingsError:
+                raise
+            except Exception as error:  # noqa: BLE001
+                self._training.close()
+                self._evaluation.close()
+                self._checker.switch_off(error)
+
+        return call
+
+    def _listen(self) -> None:
+        """Wait for the first call of the model, wherever it comes from."""
+        if self._model is not None and is_compiled(self._model):
+            self._listen_to(self._model)
+            return
+        compile_in_place = nn.Module.compile
+
+        def compile(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            compile_in_place(module, *args, **kwargs)
+            self._listening.callback(on_call(module, self._contained(self._called)))
+
+        nn.Module.compile = compile  # type: ignore[assignment, method-assign]
+        self._listening.callback(setattr, nn.Module, "compile", compile_in_place)
+        self._listening.callback(register_module_forward_pre_hook(self._contained(self._called)).remove)
+
+    def _listen_to(self, module: nn.Module) -> None:
+        """The same for one module alone: global hooks would be compiled into a compiled one."""
+        self._listening.close()
+        self._listening.callback(on_call(module, self._contained(self._called)))
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._outermost is None:
+            if not self._begins_training(module):
+                return
+            self._outermost = module
+            if is_compiled(module):
+                self._listen_to(module)
+            self._attach(module)
+            self._begun = _nodes_made()
+        elif module is not self._outermost or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        elif self._step is not None:
+            self._forwards += 1
+            # A scaler that skips the step, or gradient accumulation, must not keep the probes for long.
+            if not self._optimized and self._forwards < _MOST_FORWARDS:
+                return
+            self._end_step()
+        if self._checker.watching:
+            step = self._checker.training_step(self._autocast)
+            if isinstance(step, WatchedStep):
+                self._autocast.waiting = False
+                self._optimized, self._forwards = False, 1
+                self._step = step.__enter__()
+                step.calling(module, args)
+        else:
+            self._training.close()
+            if not self._checker.watching_evaluation:
+                self._evaluation.close()
+
+    def _begins_training(self, module: nn.Module) -> bool:
+        if not module.training or not torch.is_grad_enabled():
+            return False
+        if self._model is not None:
+            return unwrapped(module) is unwrapped(self._model)
+        return any(parameter.requires_grad for parameter in module.parameters())
+
+    def _attach(self, module: nn.Module) -> None:
+        own = {id(parameter) for parameter in module.parameters()}
+        optimizers = self._optimizers or [opt for opt in _alive(torch.optim.Optimizer) if own & _held(opt)]
+        scalers = [self._scaler] if self._scaler else _alive(torch.amp.GradScaler)
+        if not self._scaler and not _float16_in_force(module):
+            # One that has scaled already was left by an earlier run.
+            scalers = [scaler for scaler in scalers if getattr(scaler, "_scale", None) is None]
+        scaler = next((s for s in scalers if s.is_enabled()), scalers[0] if scalers else None)
+        self._checker.attach(
+            module,
+            precision=self._precision or self._observed(module, scaler),
+            optimizers=optimizers,
+            scaler=scaler,
+            **self._context,
+        )
+
+    def _observed(self, module: nn.Module, scaler: torch.amp.GradScaler | None) -> Precision:
+        """The precision that the loop itself shows at its first training forward."""
+        tensor = next(module.parameters(), None)
+        if tensor is None or not torch.amp.is_autocast_available(tensor.device.type):
+            return Precision()
+        device_type, enabled = tensor.device.type, scaler is not None and scaler.is_enabled()
+        state = autocast_state(device_type)
+        entered = [region for region in self._autocast.around if region.requested]
+        if state.enabled or entered:
+            region = next((r for r in entered if r.enabled == state.enabled), None)
+            where = f"the autocast region at {region.site}" if region and region.site else "an autocast region"
+            dtype = state.dtype if state.enabled or region is None else region.dtype
+            return Precision("mixed", device_type, dtype, enabled, where)
+        if enabled:
+            return Precision("mixed", device_type, None, True, f"an enabled {type(scaler).__name__}")
+        return Precision("true", device_type, dtype_name(tensor.dtype), False, explicit=False)
+
+    def _stepped(self, *_: Any) -> None:
+        # Torch goes through its hooks here: none can be removed before the next forward.
+        self._optimized = True
+
+    def _end_step(self, exc: BaseException | None = None) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            self._autocast.waiting = True
+            self._nodes, self._ended = _nodes_made() - self._begun, self._ended + (exc is None)
+            try:
+                step.__exit__(type(exc) if exc else None, exc, None)
+            finally:
+                self._autocast.forget()
+
+    def _watching_this_step(self) -> str | None:
+        """What to say to watch the step that is failing now, or ``None`` where it is being watched or cannot be told.
+
+        Nothing counts steps after the watched ones; autograd counts its nodes, and a step makes about as many as the
+        watched ones did.
+        """
+        if self._step is not None or not self._ended or self._nodes <= 0 or is_compiled(self._roots[0]):
+            return None
+        steps = -(-(_nodes_made() - self._begun) * self._ended // self._nodes)
+        return self._again(steps) if steps > self._ended else None
+
+    @property
+    def _roots(self) -> tuple[nn.Module, ...]:
+        """The module that the loop calls, and the user's own inside its wrappers."""
+        return (self._outermost, unwrapped(self._outermost)) if self._outermost is not None else ()
+
+    def _await_evaluation(self) -> None:
+        """Wait for ``model.eval()``: no hook could, without a Python call in every batch until then."""
+        original = nn.Module.eval
+
+        def eval(module: nn.Module) -> nn.Module:
+            if threading.get_ident() == self._thread and self._is_around_model(module):
+                self._contained(self._eval_called)()
+            return original(module)
+
+        def restore() -> None:
+            if nn.Module.__dict__["eval"] is eval:
+                nn.Module.eval = original  # type: ignore[method-assign]
+
+        nn.Module.eval = eval  # type: ignore[assignment, method-assign]
+        self._evaluation.callback(restore)
+
+    def _is_around_model(self, module: nn.Module) -> bool:
+        return any(part is root for part in module.modules() for root in self._roots)
+
+    def _eval_called(self) -> None:
+        if self._step is not None and self._optimized:
+            self._end_step()
+            if not self._checker.watching:
+                self._training.close()
+        self._evaluation.close()
+        if self._checker.watching_evaluation:
+            self._evaluating()
+
+    def _evaluating(self) -> None:
+        roots = self._roots
+        opened: list[tuple[nn.Module, Any]] = []
+
+        def before(called: nn.Module, args: tuple[Any, ...]) -> None:
+            if opened or not any(called is root for root in roots):
+                return
+            if called.training:
+                self._evaluation.close()
+                self._await_evaluation()
+            else:
+                step = self._checker.evaluation_step(autocast=autocast)
+                opened.append((called, step))
+                if isinstance(step, WatchedStep):
+                    step.__enter__()
+                    step.calling(called, args)
+
+        def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if opened and called is opened[0][0]:
+                step = opened[0][1]
+                if isinstance(step, WatchedStep):
+                    step.returned(called, args, output)
+                self._evaluation.close()
+                step.__exit__(None, None, None)
+
+        autocast = self._evaluation.enter_context(AutocastProbe())
+        hooks = self._contained(before), self._contained(after)
+        if self._outermost is not None and is_compiled(self._outermost):
+            self._evaluation.callback(on_call(self._outermost, *hooks))
+        else:
+            self._evaluation.callback(register_module_forward_pre_hook(hooks[0]).remove)
+            self._evaluation.callback(register_module_forward_hook(hooks[1]).remove)
+
+
+_MOST_FORWARDS = 8
+
+
+def _nodes_made() -> int:
+    """How many nodes of autograd graphs this thread has made; 0 where PyTorch does not tell."""
+    return int(getattr(torch._C._autograd, "_get_sequence_nr", int)())
+
+
+def _float16_in_force(module: nn.Module) -> bool:
+    device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    if not torch.amp.is_autocast_available(device_type):
+        return False
+    state = autocast_state(device_type)
+    return state.enabled and state.dtype == "float16"
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _alive(kind: type[Any]) -> list[Any]:
+    """The objects of a class that are alive. ``isinstance`` would run the code of proxies; their type does not lie."""
+    return [item for item in gc.get_objects() if issubclass(type(item), kind)]

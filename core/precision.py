@@ -1,0 +1,48 @@
+"""What precision was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["mixed", "true", "unknown"]
+
+LOW_PRECISION = frozenset({"float16", "bfloat16"})
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The numerical precision a training run declares, before anything has run.
+
+    ``mode`` is ``"mixed"`` (float32 parameters under autocast), ``"true"`` (the parameters themselves have ``dtype``
+    and no autocast is used) or ``"unknown"`` (nothing was declared; what is observed decides). Dtypes are PyTorch's
+    names without the ``torch.`` prefix. ``source`` quotes the place where the user said so.
+
+    ``effective_dtype`` is the dtype a host is known to use in place of the one asked for, by a documented rule of
+    its own; ``evaluation_dtype`` the one it evaluates in by default (``"float32"``: autocast off). A difference
+    they explain is information, not a fault. ``explicit`` is false where the user left the host's default.
+    """
+
+    mode: Mode = "unknown"
+    device_type: str | None = None
+    dtype: str | None = None
+    scaler: bool | None = None
+    source: str = ""
+    effective_dtype: str | None = None
+    evaluation_dtype: str | None = None
+    explicit: bool = True
+
+    @property
+    def mixed(self) -> bool:
+        return self.mode == "mixed"
+
+    def __str__(self) -> str:
+        if self.mode == "unknown":
+            return "precision not declared"
+        words = [self.mode, self.dtype or "default dtype"]
+        if self.device_type:
+            words += ["on", self.device_type]
+        text = " ".join(words)
+        if self.mixed and self.scaler is not None:
+            text += f", loss scaling {'on' if self.scaler else 'off'}"
+        return text

@@ -1,0 +1,176 @@
+"""The few function calls that rules ask about, seen above autocast."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn, overrides
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+
+from ampcheck.precision import LOW_PRECISION
+from ampcheck.probes.autocast import autocast_state
+from ampcheck.probes.containment import contained, hide_frame
+from ampcheck.probes.modules import ModuleProbe
+from ampcheck.source import calling_site
+from ampcheck.trace import OpCall, Operand
+from ampcheck.walk import dtype_name, tensor_names
+
+# Functions that return the widest dtype of their tensors, by type promotion or by autocast's promote list.
+_PROMOTING = {
+    spelling: name
+    for name in (
+        *("add", "sub", "mul", "div", "true_divide", "rsub", "lerp", "addcmul", "addcdiv"),
+        *("cat", "concat", "stack", "where", "maximum", "minimum"),
+    )
+    for spelling in (name, f"{name}_")
+} | {
+    f"__{prefix}{name}__": name.removeprefix("true")
+    for name in ("add", "sub", "mul", "truediv")
+    for prefix in ("", "r", "i")
+}
+
+
+class OpProbe(TorchFunctionMode):
+    """Records, while it is active in the running thread:
+
+    - calls of promoting functions that made float32 of a low-precision tensor because of a float32 parameter or
+      buffer of the model,
+    - calls of ``binary_cross_entropy`` and of ``Tensor.backward``, with autocast as they found it.
+
+    It lies at the bottom of the stack of function modes, so that it can be entered and left at any two moments
+    whatever ``with`` blocks of others begin and end in between. During an optimizer's step, of many calls and none of
+    interest, it is off the stack.
+    """
+
+    def __init__(self, model: nn.Module, device_type: str, modules: ModuleProbe) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+        self._names = tensor_names(model)
+        self._device_type = device_type
+        self._modules = modules
+        self._counts: dict[OpCall, int] = {}
+        self._stepping: torch.optim.Optimizer | None = None
+        self._thread = threading.get_ident()
+        self._handles: list[Any] = []
+
+    @property
+    def calls(self) -> tuple[OpCall, ...]:
+        return tuple(replace(call, count=count) for call, count in self._counts.items())
+
+    def __enter__(self) -> OpProbe:
+        self._thread = threading.get_ident()
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+        self._put_at_the_bottom()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        _put_on(_taken_off(self))
+
+    def _put_at_the_bottom(self) -> None:
+        others = _taken_off(None)
+        # The mode of `torch.set_default_device`, where it goes through the stack to leave it, insists on the last place.
+        default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+        insists = "_len_torch_function_stack" in DeviceContext.__exit__.__code__.co_names
+        above = 1 if insists and others and others[0] is default else 0
+        _put_on([*others[:above], self, *others[above:]])
+
+    @contained
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A closure is a whole training step.
+        closure = len(args) > 1 or kwargs.get("closure") is not None
+        if threading.get_ident() == self._thread and self._stepping is None and not closure:
+            self._stepping = optimizer
+            _put_on(_taken_off(self))
+
+    @contained
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._stepping is optimizer:
+            self._stepping = None
+            self._put_at_the_bottom()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            return self._run(func, args, kwargs or {})
+        except BaseException as error:
+            hide_frame(error)
+            hide_frame(error)
+            raise
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is _BACKWARD or func is _BCE:
+            self._called(func.__name__, args)
+        elif getattr(func, "__name__", None) in _PROMOTING:
+            # An in-place op writes over its first operand: look first.
+            operands = self._operands((*args, *kwargs.values()))
+            output = func(*args, **kwargs)
+            self._promoted(_PROMOTING[func.__name__], operands, output)
+            return output
+        return func(*args, **kwargs)
+
+    @contained
+    def _called(self, op: str, args: tuple[Any, ...]) -> None:
+        self._record(op, self._operands(args), ())
+
+    @contained
+    def _promoted(self, op: str, operands: tuple[Operand, ...], output: Any) -> None:
+        if (
+            isinstance(output, torch.Tensor)
+            and output.dtype is torch.float32
+            and any(o.dtype == "float32" and o.name and o.shape for o in operands)
+            and any(o.dtype in LOW_PRECISION and o.shape for o in operands)
+        ):
+            self._record(op, operands, ("float32",))
+
+    def _record(self, op: str, operands: tuple[Operand, ...], outputs: tuple[str, ...]) -> None:
+        state = autocast_state(self._device_type)
+        call = OpCall(op, self._modules.current, state, operands, outputs, calling_site())
+        self._counts[call] = self._counts.get(call, 0) + 1
+
+    def _operands(self, values: Iterable[Any]) -> tuple[Operand, ...]:
+        return tuple(_operands(values, self._names))
+
+
+_BACKWARD = torch.Tensor.backward
+_BCE = nn.functional.binary_cross_entropy
+
+
+def _operands(values: Iterable[Any], names: dict[int, str]) -> Iterator[Operand]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            base = value._base
+            name = names.get(id(value)) or (names.get(id(base)) if base is not None else None)
+            yield Operand(dtype_name(value.dtype), tuple(value.shape), name)
+        elif isinstance(value, (list, tuple)):
+            yield from _operands(value, names)
+
+
+def _taken_off(mode: TorchFunctionMode | None) -> list[TorchFunctionMode]:
+    """Take ``mode`` (or, for ``None``, all) and what lies above it off the stack; return the others, lowest first."""
+    taken: list[TorchFunctionMode] = []
+    while torch._C._len_torch_function_stack():
+        top = overrides._pop_mode()  # type: ignore[no-untyped-call]
+        if top is mode:
+            break
+        taken.append(top)
+    return taken[::-1]
+
+
+def _put_on(modes: Iterable[TorchFunctionMode]) -> None:
+    for mode in modes:
+        overrides._push_mode(mode)  # type: ignore[no-untyped-call]

@@ -1,0 +1,149 @@
+"""The saved tensors of a graph on which backward failed, read from the graph itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ampcheck.probes.writes import GraphOp, Overwrite, WriteProbe, is_copy_slices, saved_slots, slot_value
+from ampcheck.trace import GraphTrace, StaleTensor
+from ampcheck.walk import dtype_name
+
+_VERSIONS = re.compile(r"is at version (\d+); expected version (\d+)")
+_SHAPE = re.compile(r"\[[\w.]+ \[([\d, ]*)\]\]")
+
+
+def graph_trace(probe: WriteProbe, error: BaseException | None = None, *, replay: str | None = None) -> GraphTrace:
+    """What ``probe`` saw, with the stale tensors behind ``error``. Raises the first error of the probe."""
+    if probe.error is not None:
+        raise probe.error
+    roots = _roots(error) if error is not None else ()
+    cut = [probe.cut(root) for root in roots if not root.requires_grad]
+    found = stale_tensors(error, probe) if error is not None else ()
+    return GraphTrace(
+        (*found, *probe.silent.values()),
+        tuple(probe.unchecked.values()),
+        probe.views(),
+        probe.inference(),
+        probe.backwards(),
+        tuple(site for site in cut if site is not None),
+        probe.hooked,
+        replay,
+    )
+
+
+def stale_tensors(error: BaseException, probe: WriteProbe) -> tuple[StaleTensor, ...]:
+    """All stale tensors of the graph on which backward raised ``error``; the one it raised for comes first.
+
+    Each slot of each node is asked for its tensor, as backward would ask: PyTorch's own check names the stale ones.
+    Slots under saved-tensor hooks are left alone, since to ask them runs the hooks (a checkpoint, say).
+    """
+    found: list[tuple[bool, int, StaleTensor]] = []
+    hidden: list[tuple[bool, int, StaleTensor]] = []
+    for node in _nodes(_roots(error)):
+        op = probe.op_of(node)
+        if op is not None and op.hooks:
+            continue
+        if op is not None and is_copy_slices(node):
+            hidden += [(True, op.sequence, stale) for stale in _behind(node, op, str(error), probe)]
+        for slot, raw in saved_slots(node):
+            try:
+                slot_value(node, slot)
+            except RuntimeError as stale:
+                if _VERSIONS.search(str(stale)):
+                    tensor = _stale_tensor(node, slot, raw, str(stale), op, probe)
+                    found.append((str(stale) == str(error), node._sequence_nr(), tensor))
+    if not any(raised for raised, _, _ in found):
+        found += hidden
+    found.sort(key=lambda entry: entry[:2], reverse=True)
+    return tuple(tensor for _, _, tensor in found)
+
+
+def _roots(error: BaseException) -> tuple[torch.Tensor, ...]:
+    """What the innermost failing backward pass started from."""
+    roots: tuple[torch.Tensor, ...] = ()
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame: FrameType = traceback.tb_frame
+        if frame.f_code.co_name == "_engine_run_backward":
+            roots = tuple(t for t in frame.f_locals.get("t_outputs", ()) if isinstance(t, torch.Tensor))
+        traceback = traceback.tb_next
+    return roots
+
+
+def _nodes(roots: tuple[torch.Tensor, ...]) -> Iterator[Any]:
+    pending = [root.grad_fn for root in roots]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending += [following for following, _ in node.next_functions]
+        yield node
+
+
+def _stale_tensor(node: Any, slot: str, raw: Any, message: str, op: GraphOp | None, probe: WriteProbe) -> StaleTensor:
+    saved, found = _versions(message)
+    shape = _shape(message)
+    candidates = [_identity(saved_tensor, message) for saved_tensor in (raw if isinstance(raw, tuple) else (raw,))]
+    identity = next((c for c in candidates if c and c[1] == found and shape in (None, c[2])), None)
+    key, _, shape, dtype = identity or (None, found, shape or (), "")
+    writes = _counted(probe, key, op, saved, found)
+    name = "saved_tensors" if slot == "tensors" else slot
+    return probe.told(op, node, name, key, dtype, shape or (), writes, versions=(saved, found))
+
+
+def _identity(saved: Any, message: str) -> tuple[int, int, tuple[int, ...], str] | None:
+    """Storage, version, shape and dtype of a stale saved tensor.
+
+    Only hooks are handed a stale tensor. The slot stays what it was: to unpack it raises the same error.
+    """
+    seen: list[tuple[int, int, tuple[int, ...], str]] = []
+
+    def pack(tensor: torch.Tensor) -> None:
+        seen.append((tensor.untyped_storage()._cdata, tensor._version, tuple(tensor.shape), dtype_name(tensor.dtype)))
+
+    def unpack(_: None) -> torch.Tensor:
+        raise RuntimeError(message)
+
+    try:
+        saved.register_hooks(pack, unpack)
+    except RuntimeError:
+        return None
+    return seen[0] if seen else None
+
+
+def _behind(node: Any, op: GraphOp, message: str, probe: WriteProbe) -> Iterator[StaleTensor]:
+    """What is stale in the node that an in-place op on a view hides: of the storages the op used, those that were
+    written as often since as the message says."""
+    if not _VERSIONS.search(message):
+        return
+    saved, found = _versions(message)
+    for key in op.keys:
+        writes = _counted(probe, key, op, saved, found)
+        if writes and writes[-1].after == found:
+            dtype = dtype_name(writes[0].dtype)
+            yield probe.told(op, node, None, key, dtype, _shape(message) or (), writes, versions=(saved, found))
+
+
+def _versions(message: str) -> tuple[int, int]:
+    """The version that was saved and the one found, of a message that names both."""
+    match = _VERSIONS.search(message)
+    assert match is not None
+    return int(match[2]), int(match[1])
+
+
+def _shape(message: str) -> tuple[int, ...] | None:
+    match = _SHAPE.search(message)
+    return tuple(int(n) for n in match[1].split(",") if n.strip()) if match else None
+
+
+def _counted(probe: WriteProbe, key: int | None, op: GraphOp | None, saved: int, found: int) -> list[Overwrite]:
+    """The writes that took a tensor from version ``saved`` to ``found``."""
+    writes = probe.writes(key, op.event if op else 0)
+    return [write for write in writes if write.version is not None and saved <= write.version < found]

@@ -1,0 +1,267 @@
+"""In which order a step scales, backpropagates, unscales, clips and steps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ampcheck.probes.containment import contained, hide_frame
+from ampcheck.source import calling_site
+from ampcheck.trace import ScalerCall, Site
+
+_CLIPPING = ("clip_grad_norm_", "clip_grad_value_")
+# How far behind a loss its scaling may lie: `scaler.scale(a) + scaler.scale(b)`, `scaler.scale(a) / steps`.
+_NEAR = 64
+
+
+@dataclass
+class _Event:
+    op: str
+    site: Site | None
+    optimizer: int | None = None
+    tensors: frozenset[int] = frozenset()
+    scaled: bool | None = None
+    skipped: bool | None = None
+    unscaled: frozenset[int] = field(default_factory=frozenset)
+    factors: frozenset[int] = field(default_factory=frozenset)
+    by_hand: bool = False
+
+
+class ScalerProbe:
+    """Records, while it is active, the calls of enabled gradient scalers, of ``backward`` and of gradient clipping.
+
+    None of them offers a hook, so the scaler's methods, ``torch.autograd.backward`` and the two clipping functions
+    (under every module that imported them) are wrapped, and put back on exit. No tensor is kept, only the graph nodes
+    that scaling made.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self._events: list[_Event] = []
+        self._optimizers: dict[int, tuple[int, frozenset[int]]] = {}
+        self._scaled_nodes: list[Any] = []
+        self._unscaled: set[int] = set()
+        self._stepped: set[int] = set()
+        self._scale_was_read = False
+        self._originals: list[tuple[Any, str, Any]] = []
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    @property
+    def calls(self) -> tuple[ScalerCall, ...]:
+        """What was seen, in order; nothing where no scaler was at work."""
+        if not any(event.op in ("scale", "unscale", "step", "update") for event in self._events):
+            return ()
+        return tuple(self._call(event) for event in self._events)
+
+    def _call(self, event: _Event) -> ScalerCall:
+        optimizers = [event.optimizer] if event.optimizer is not None else []
+        if event.tensors:
+            optimizers = [index for index, held in self._optimizers.values() if held & event.tensors]
+        scaled = event.scaled
+        if event.op == "clip" and optimizers:
+            scaled = bool(event.scaled) and not event.unscaled.intersection(optimizers)
+        return ScalerCall(event.op, event.site, tuple(sorted(optimizers)), scaled, event.skipped)
+
+    def __enter__(self) -> ScalerProbe:
+        scaler = torch.amp.GradScaler
+        self._replace(scaler, "scale", self._wrapped(scaler.scale, after=self._did_scale))
+        self._replace(scaler, "get_scale", self._wrapped(scaler.get_scale, after=self._did_read_scale))
+        self._replace(scaler, "unscale_", self._wrapped(scaler.unscale_, after=self._did_unscale))
+        self._replace(scaler, "step", self._wrapped(scaler.step, before=self._will_step, after=self._did_step))
+        self._replace(scaler, "update", self._wrapped(scaler.update, after=self._did_update))
+        backward = torch.autograd.backward
+        self._replace(torch.autograd, "backward", self._wrapped(backward, before=self._will_go_back))
+        for name in _CLIPPING:
+            original = getattr(torch.nn.utils, name)
+            clip = self._clipping(original)
+            for module in list(sys.modules.values()):
+                if getattr(module, "__dict__", {}).get(name) is original:
+                    self._replace(module, name, clip)
+        self._hook = register_optimizer_step_post_hook(self._did_optimize)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        for owner, name, original in reversed(self._originals):
+            setattr(owner, name, original)
+        self._originals.clear()
+        self._scaled_nodes.clear()
+
+    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        self._originals.append((owner, name, vars(owner)[name]))
+        setattr(owner, name, wrapper)
+
+    def _wrapped(
+        self,
+        original: Callable[..., Any],
+        before: Callable[..., None] | None = None,
+        after: Callable[..., None] | None = None,
+    ) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before(*args, **kwargs)
+            try:
+                result = original(*args, **kwargs)
+            except BaseException as error:
+                hide_frame(error)
+                raise
+            if after is not None:
+                after(result, *args, **kwargs)
+            return result
+
+        return call
+
+    def _clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            # A generator of parameters can be read once only.
+            held = parameters if isinstance(parameters, (torch.Tensor, list, tuple)) else list(parameters)
+            self._will_clip(held)
+            try:
+                return original(held, *args, **kwargs)
+            except BaseException as error:
+                hide_frame(error)
+                raise
+
+        return clip
+
+    @contained
+    def _did_scale(self, result: Any, scaler: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> None:
+        if scaler.is_enabled():
+            self._scaled_nodes += [node for tensor in _tensors(result) if (node := tensor.grad_fn) is not None]
+            self._events.append(_Event("scale", calling_site()))
+
+    @contained
+    def _did_read_scale(self, *_: Any) -> None:
+        # To divide the gradients by it, or to multiply the norm to clip to: both are right.
+        self._scale_was_read = True
+
+    @contained
+    def _did_unscale(self, result: Any, scaler: torch.amp.GradScaler, optimizer: Any) -> None:
+        if scaler.is_enabled():
+            self._recognise(scaler)
+            index = self._index(optimizer)
+            self._unscaled.add(index)
+            self._events.append(_Event("unscale", calling_site(), index))
+
+    @contained
+    def _will_step(self, scaler: torch.amp.GradScaler, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self._stepped.clear()
+
+    @contained
+    def _did_step(self, result: Any, scaler: torch.amp.GradScaler, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if not scaler.is_enabled():
+            return
+        self._recognise(scaler)
+        # Fused optimizers are always called, and decide themselves whether to move.
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        skipped = None if fused else not self._stepped
+        self._events.append(_Event("step", calling_site(), self._index(optimizer), skipped=skipped))
+
+    @contained
+    def _did_update(self, result: Any, scaler: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> None:
+        if scaler.is_enabled():
+            self._unscaled.clear()
+            self._scale_was_read = False
+            self._events.append(_Event("update", calling_site()))
+
+    @contained
+    def _did_optimize(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._stepped.add(id(optimizer))
+
+    @contained
+    def _will_go_back(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        if torch._C._current_graph_task_id() != -1 or any(gradient is not None for gradient in _listed(grad_tensors)):
+            return
+        roots = [node for tensor in _tensors(tensors) if (node := tensor.grad_fn) is not None]
+        scaled = any(any(node is one for one in self._scaled_nodes) for node in _nodes(roots, _NEAR))
+        leaves = frozenset() if scaled else _leaves(roots)
+        factors = frozenset() if scaled else _factors(_nodes(roots, _NEAR))
+        self._events.append(_Event("backward", calling_site(), tensors=leaves, scaled=scaled, factors=factors))
+
+    def _recognise(self, scaler: torch.amp.GradScaler) -> None:
+        """A watch that began inside ``scaler.scale(model(x))`` did not see that call; the scale is a factor of the
+        loss."""
+        scale = getattr(scaler, "_scale", None)
+        since = self._since_update()
+        for index, event in enumerate(since):
+            if scale is not None and scale.untyped_storage()._cdata in event.factors:
+                event.scaled, event.tensors, event.factors = True, frozenset(), frozenset()
+                for later in since[index:]:
+                    later.scaled = not later.by_hand if later.op == "clip" else later.scaled
+
+    @contained
+    def _will_clip(self, parameters: Any) -> None:
+        tensors = frozenset(id(tensor) for tensor in _listed(parameters) if isinstance(tensor, torch.Tensor))
+        since = self._since_update()
+        by_hand = self._scale_was_read
+        scaled = not by_hand and any(event.op == "backward" and event.scaled for event in since)
+        unscaled = frozenset(self._unscaled)
+        self._events.append(
+            _Event("clip", calling_site(), tensors=tensors, scaled=scaled, by_hand=by_hand, unscaled=unscaled)
+        )
+
+    def _since_update(self) -> list[_Event]:
+        last = max((i for i, event in enumerate(self._events) if event.op == "update"), default=-1)
+        return self._events[last + 1 :]
+
+    def _index(self, optimizer: Any) -> int:
+        held = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        known = self._optimizers.get(id(optimizer))
+        index = known[0] if known is not None else len(self._optimizers)
+        self._optimizers[id(optimizer)] = index, held
+        return index
+
+
+def _listed(values: Any) -> Iterable[Any]:
+    return values if isinstance(values, (list, tuple)) else (values,)
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in _listed(values):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _nodes(roots: Iterable[Any], most: int | None = None) -> Iterator[Any]:
+    """The nodes of the graph behind ``roots``, nearest first; at most ``most`` of them."""
+    pending, seen = deque(roots), set[Any]()
+    while pending and (most is None or len(seen) < most):
+        node = pending.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(following for following, _ in node.next_functions if following is not None)
+
+
+def _factors(nodes: Iterable[Any]) -> frozenset[int]:
+    """The storages of the numbers that tensors were multiplied by."""
+    found = set()
+    for node in nodes:
+        if node.name() == "MulBackward0":
+            # Freed, or written since: then it is not the scale.
+            with contextlib.suppress(RuntimeError):
+                other = node._saved_other
+                if other is not None and other.dim() == 0:
+                    found.add(other.untyped_storage()._cdata)
+    return frozenset(found)
+
+
+def _leaves(roots: Iterable[Any]) -> frozenset[int]:
+    return frozenset(id(node.variable) for node in _nodes(roots) if hasattr(node, "variable"))

@@ -1,0 +1,776 @@
+"""What was written in place, what the autograd graph had saved before, and where backward meets both."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from ampcheck.probes.containment import contained, hide_frame
+from ampcheck.probes.places import Place, Places
+from ampcheck.trace import Silent, Site, StaleTensor, UncheckedSave, Write
+from ampcheck.walk import dtype_name, module_names, unwrapped
+
+_AUTOGRAD: Any = torch._C._autograd
+_sequence_nr: Callable[[], int] = _AUTOGRAD._get_sequence_nr
+_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+_current_node: Callable[[], Any] = torch._C._current_autograd_node
+_CLONE: Any = torch.ops.aten.clone.default
+_PACKING = frozenset(
+    getattr(torch.ops.aten, name).default for name in ("clone", "detach", "alias", "_to_copy", "copy_", "lift_fresh")
+)
+_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+
+_inference_mode: Callable[[], bool] = torch.is_inference_mode_enabled
+
+_SEVERAL_VIEWS = frozenset({"aten::split", "aten::split_with_sizes", "aten::unbind"})
+
+Layout = tuple[int, tuple[int, ...], tuple[int, ...]]
+Hooks = Callable[..., Any] | bool
+Compared = tuple["Overwrite", torch.Tensor, torch.Tensor]
+Observed = tuple["GraphOp | None", Sequence[Compared]]
+
+
+class GraphOp:
+    """An op that made an autograd node; for a custom function, the first op inside it. ``keys`` are the storages it
+    took and returned, ``hooks`` the pack hook under which its tensors were saved (true: one that cannot be told)."""
+
+    __slots__ = ("event", "func", "hooks", "keys", "module", "place", "sequence")
+
+    def __init__(self, event: int, sequence: int, func: Any, place: Place, module: str | None, hooks: Hooks) -> None:
+        self.event = event
+        self.sequence = sequence
+        self.func = func
+        self.keys: list[int] = []
+        self.place = place
+        self.module = module
+        self.hooks = hooks
+
+
+class Overwrite:
+    """A write to a storage. ``version`` is the target's before it and ``after`` the one it gives; ``layout`` is offset,
+    shape and strides in elements of ``dtype``; ``changed`` whether the content differs (``None``: not compared)."""
+
+    __slots__ = ("after", "changed", "dtype", "event", "layout", "module", "op", "place", "version")
+
+    def __init__(self, event: int, op: str, place: Place, module: str | None, target: torch.Tensor) -> None:
+        self.event = event
+        self.op = op
+        self.place = place
+        self.module = module
+        self.version = None if target.is_inference() else target._version
+        self.after = None if self.version is None else self.version + 1
+        self.layout = _layout(target)
+        self.dtype = target.dtype
+        self.changed: bool | None = None
+
+    def told(self) -> Write:
+        return Write(
+            self.op,
+            self.place.site("write", module=self.module, op=self.op),
+            self.place.library_site("write", module=self.module, op=self.op),
+            self.place.writer,
+            self.version,
+            self.after,
+            self.layout[1],
+        )
+
+
+class _Known(NamedTuple):
+    """An op: the positions and names of the arguments it writes to, and whether it counts their versions itself."""
+
+    name: str
+    targets: tuple[tuple[int, str], ...]
+    counted: bool
+
+
+class _Derived(NamedTuple):
+    """What the tensors of a storage were computed from, by which call. ``cut``: the call left the graph behind."""
+
+    op: str
+    place: Place
+    module: str | None
+    sources: tuple[int, ...]
+    cut: bool
+
+
+class _Stepping(NamedTuple):
+    """An optimizer step under way: the parameters that nodes have used, with their versions and a few elements.
+    ``blind``: the probe does not look."""
+
+    optimizer: torch.optim.Optimizer
+    place: Place
+    parameters: list[tuple[torch.Tensor, int, torch.Tensor | None]]
+    blind: bool
+
+
+class WriteProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Logs, in the thread that entered it and in the backward passes that this thread starts:
+
+    - each op that makes an autograd node, by the node's sequence number: call, module, the storages it saw,
+    - each write (told by the op's schema): op, call, module, the version of the target,
+    - each saved tensor that backward reads although it was overwritten after the save. PyTorch's own check, which
+      stays in force, has passed it: the write went past the version counter, or saved-tensor hooks are in the way.
+
+    No tensor is held. Storages are held by weak references, which keep an address from being used again, but not the
+    memory. With ``lineage`` it also logs what each tensor was computed from, so as to tell where a loss lost its
+    graph. The mode lies at the bottom of the stack of dispatch modes, so that it can be entered and left at any two
+    moments, whatever ``with`` blocks of others begin and end in between.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled where this mode is entered, and the guard against it costs as much as the mode.
+        return False
+
+    def __init__(self, model: nn.Module, current_module: Callable[[], str | None], *, lineage: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.error: Exception | None = None
+        self.silent: dict[tuple[int, int], StaleTensor] = {}
+        self.unchecked: dict[Any, UncheckedSave] = {}
+        self.hooked: tuple[str, ...] = ()
+        self._current_module = current_module
+        self._places = Places()
+        self._known: dict[int, _Known] = {}
+        self._event = 0
+        self._sequences: dict[int, int] = {}
+        self._ops: dict[int, GraphOp] = {}
+        self._latest: dict[int, GraphOp] = {}
+        self._users: dict[int, list[GraphOp]] = {}
+        self._writes: dict[int, list[Overwrite]] = {}
+        self._pinned: dict[int, int] = {}
+        self._suspects: set[int] = set()
+        self._shared: set[int] = set()
+        self._task = -1
+        self._hooked = False
+        self._foreign_hooks = False
+        self._packed = False
+        self._unmarked: list[tuple[weakref.ref[torch.Tensor], int, Overwrite]] = []
+        self._contents: dict[tuple[int, Layout], list[tuple[int, float]]] = {}
+        self._derived: dict[int, _Derived] | None = {} if lineage else None
+        self._backwards: dict[int, Place] = {}
+        self._inference: dict[Place, None] = {}
+        self._stepping: _Stepping | None = None
+        self._handles: list[Any] = []
+        self._names: dict[int, tuple[str, bool]] = {}
+        _allow_higher_order_ops()
+        with torch._C.DisableTorchFunction():
+            self._name(unwrapped(model))
+
+    def _name(self, model: nn.Module) -> None:
+        names = module_names(model)
+        self.hooked += tuple(names[id(module)] for module in model.modules() if _has_backward_hooks(module))
+        for buffer, tensors in ((True, model.named_buffers()), (False, model.named_parameters())):
+            for name, tensor in tensors:
+                key = _key(tensor)
+                if key is not None:
+                    self._names[key] = (name.replace("_orig_mod.", ""), buffer)
+
+    def __enter__(self) -> WriteProbe:
+        self._thread = threading.get_ident()
+        self._sequences[self._thread] = _sequence_nr()
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+        self._push()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._stepping = None
+        self._pop()
+
+    def _push(self) -> None:
+        others = _take_modes_above(None)
+        torch._C._push_on_torch_dispatch_stack(self)
+        _put_modes(others)
+
+    def _pop(self) -> None:
+        _put_modes(_take_modes_above(self))
+
+    @contained
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An optimizer step makes many ops and few facts: note what it is about to change, and look away."""
+        if threading.get_ident() != self._thread or self._stepping is not None:
+            return
+        # PyTorch's own optimizers count their writes; others may write through `.data`, where a few elements tell.
+        counted = type(optimizer).__module__.startswith("torch.optim")
+        self._stepping = _Stepping(
+            optimizer,
+            self._places.find(sys._getframe(1)),
+            [
+                (parameter, parameter._version, None if counted else _sample(parameter))
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if _key(parameter) in self._users
+            ],
+            # A closure is a whole training step.
+            blind=len(args) < 2 and kwargs.get("closure") is None,
+        )
+        if self._stepping.blind:
+            self._pop()
+
+    @contained
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stepping = self._stepping
+        if stepping is None or stepping.optimizer is not optimizer:
+            return
+        self._stepping = None
+        if stepping.blind:
+            self._push()
+        self._event += 1
+        for parameter, version, sample in stepping.parameters:
+            key = _key(parameter)
+            write = Overwrite(self._event, f"{type(optimizer).__name__}.step", stepping.place, None, parameter)
+            write.version, write.after = version, parameter._version
+            unseen = sample is not None and not _same(sample, _sample(parameter))
+            if key is not None and (write.after != version or unseen):
+                self._writes.setdefault(key, []).append(write)
+                if unseen:
+                    self._suspects.add(key)
+
+    def __del__(self) -> None:
+        storage: Any = torch.UntypedStorage
+        for reference in self._pinned.values():
+            storage._free_weak_ref(reference)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.error is not None:
+            return func(*args, **kwargs)
+        # Ops hash slowly, and live as long as the process.
+        known = self._known.get(id(func)) or self._learn(func)
+        observed: Observed | None = None
+        if self._is_of_interest(known):
+            try:
+                with torch._C.DisableTorchFunction():
+                    observed = self._before(func, known, args, kwargs)
+            except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
+                self.error = error
+        try:
+            output = func(*args, **kwargs) if known.counted else _counting(func, args, kwargs)
+        except BaseException as error:
+            hide_frame(error)
+            raise
+        if observed is not None:
+            try:
+                with torch._C.DisableTorchFunction():
+                    self._after(func, args, output, *observed)
+            except Exception as error:  # noqa: BLE001
+                self.error = error
+        return output
+
+    def _is_of_interest(self, known: _Known) -> bool:
+        """Most ops are not: they make no node, write to nothing, and run in a backward pass without suspects."""
+        task = _graph_task()
+        if task != -1:
+            if task != self._task:
+                return True
+            if (self._suspects or self._shared or self._foreign_hooks) and not _grad_enabled():
+                return True
+        elif _inference_mode():
+            return True
+        return (
+            bool(known.targets)
+            or self._packed
+            or self._derived is not None
+            or _sequence_nr() != self._sequences.get(threading.get_ident())
+        )
+
+    def _learn(self, func: Any) -> _Known:
+        targets = _write_targets(func)
+        counted = not targets or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "ADInplaceOrView")
+        known = self._known[id(func)] = _Known(op_name(func), targets, counted)
+        return known
+
+    def op_of(self, node: Any) -> GraphOp | None:
+        """The op that made a node of the graph."""
+        sequence: int = node._sequence_nr()
+        if not is_copy_slices(node):
+            return self._ops.get(sequence)
+        # An in-place op on a view makes its own node, and then this one around it and one for the view.
+        numbers = range(sequence - 1, sequence - 4, -1)
+        ops = (self._ops.get(number) for number in numbers)
+        return next((op for op in ops if op is not None and op.sequence < sequence), None)
+
+    def writes(self, key: int | None, since: int) -> list[Overwrite]:
+        """The writes to a storage after an event, earliest first."""
+        return [] if key is None else [write for write in self._writes.get(key, ()) if write.event > since]
+
+    def _before(self, func: Any, known: _Known, args: Sequence[Any], kwargs: dict[str, Any]) -> Observed | None:
+        frame = sys._getframe(2)
+        task = _graph_task()
+        if task != -1:
+            if task != self._task:
+                self._began(task, frame)
+            if not _grad_enabled() and (self._suspects or self._shared or self._foreign_hooks):
+                self._check_use(args)
+        elif _inference_mode():
+            place = self._places.find(frame)
+            self._inference.pop(place, None)
+            self._inference[place] = None
+        op = self._graph_op(func, known, args, frame)
+        if op is not None:
+            self._used(op, args)
+        compared = self._log_writes(op, known, args, kwargs, frame) if known.targets else ()
+        if op is None and not compared and self._derived is None:
+            return None
+        return op, compared
+
+    def _began(self, task: int, frame: FrameType | None) -> None:
+        """A backward pass begins: what of the memory that ops used does something outside PyTorch share by now?"""
+        self._task = task
+        if task in self._backwards:
+            return
+        self._backwards[task] = self._places.find(frame)
+        storage: Any = torch.UntypedStorage
+        for key, _ in self._contents:
+            # Memory that NumPy shares can no longer be resized.
+            alive = storage._new_with_weak_ptr(self._pinned[key])
+            if alive is not None and not alive.resizable():
+                self._shared.add(key)
+
+    def _graph_op(self, func: Any, known: _Known, args: Sequence[Any], frame: FrameType | None) -> GraphOp | None:
+        """The op that is being recorded by autograd, where this is one, or where this shows which one it is."""
+        thread = threading.get_ident()
+        sequence = _sequence_nr()
+        last = self._sequences.get(thread, sequence - 1)
+        if sequence == last:
+            made = self._latest.get(thread)
+            if made is None or made.sequence != sequence - 1:
+                return None
+            if made.hooks and made.func in _PACKING and func not in _PACKING:
+                # What a pack hook does to an input comes before the op that saves it.
+                made.func, made.place, made.keys = func, self._places.find(frame), []
+                self._packed = False
+                return made
+            if known.targets and made.func is _CLONE:
+                # An in-place op that needs the value it overwrites has made its node, and saved a copy of it.
+                made.func = func
+                return made
+            return None
+        self._sequences[thread] = sequence
+        self._event += 1
+        if self._unmarked:
+            self._check_unmarked(args, frame)
+        hooks = _active_hooks()
+        if hooks is True and self._places.in_checkpoint(frame):
+            hooks = checkpoint
+        op = GraphOp(self._event, sequence - 1, func, self._places.find(frame), self._current_module(), hooks)
+        self._hooked = self._hooked or bool(hooks)
+        self._foreign_hooks = self._foreign_hooks or _is_foreign(hooks)
+        self._packed = bool(hooks) and func in _PACKING
+        for number in range(last, sequence):
+            self._ops[number] = op
+        self._latest[thread] = op
+        return op
+
+    def _log_writes(
+        self, op: GraphOp | None, known: _Known, args: Sequence[Any], kwargs: dict[str, Any], frame: FrameType | None
+    ) -> Sequence[Compared]:
+        compared: list[Compared] = []
+        place = op.place if op is not None else None
+        self._event += op is None
+        for position, name in known.targets:
+            for target in _tensors((args[position] if position < len(args) else kwargs.get(name),)):
+                # What no node has used cannot be stale.
+                key = _key(target)
+                if key not in self._users:
+                    continue
+                if place is None:
+                    find = self._places.find_step if key in self._names else self._places.find
+                    place = find(frame)
+                write = Overwrite(self._event, known.name, place, self._current_module(), target)
+                self._writes.setdefault(key, []).append(write)
+                if place.caller is not None and not _grad_enabled():
+                    base = target if target._base is None else target._base
+                    if base.grad_fn is not None:
+                        self._unmarked.append((weakref.ref(base), base.grad_fn._sequence_nr(), write))
+                if not target.requires_grad or self._hooked:
+                    # PyTorch's check may not see this one. A write without effect is no fault: see what it does.
+                    self._suspects.add(key)
+                    if op is None:
+                        compared.append((write, target, target.detach().clone()))
+        return compared
+
+    def _after(
+        self, func: Any, args: Sequence[Any], output: Any, op: GraphOp | None, compared: Sequence[Compared]
+    ) -> None:
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        if op is not None:
+            self._used(op, outputs, produced=True)
+        for write, target, before in compared:
+            write.changed = not _same(before, target)
+        if self._derived is not None:
+            self._derive(func, args, outputs, cut=op is None)
+
+    def _used(self, op: GraphOp, values: Sequence[Any], *, produced: bool = False) -> None:
+        for tensor in _tensors(values):
+            key = _key(tensor)
+            if key is None:
+                continue
+            users = self._users.get(key)
+            if users is None:
+                users = self._users[key] = []
+                self._pin(key, tensor)
+            if op not in users[-1:]:
+                op.keys.append(key)
+                users.append(op)
+            if produced or not tensor.untyped_storage().resizable():
+                self._note_content(tensor, key)
+
+    def _pin(self, key: int, tensor: torch.Tensor) -> None:
+        """Let the address stand for this storage alone: while weakly held, it is not used again."""
+        if key not in self._pinned:
+            storage: Any = tensor.untyped_storage()
+            self._pinned[key] = storage._weak_ref()
+
+    def _check_use(self, args: Sequence[Any]) -> None:
+        """Backward reads ``args``: is one of them a saved tensor whose content is no longer what was saved?"""
+        for tensor in _tensors(args):
+            key = _key(tensor)
+            if key not in self._users:
+                continue
+            shared = key in self._shared
+            if not (shared or key in self._suspects or self._foreign_hooks):
+                continue
+            node = _current_node()
+            op = self.op_of(node) if node is not None else None
+            if op is None:
+                continue
+            alias = key in op.keys
+            if not alias:
+                # A checkpoint computed it anew: the op that saved it is the same op, run again.
+                again = [user for user in self._users[key] if user.func is op.func and user.event > op.event]
+                if not again or not op.hooks:
+                    continue
+                op = again[-1]
+            stale = [
+                write for write in self.writes(key, op.event) if write.changed is not False and _overlap(write, tensor)
+            ]
+            unchecked = alias and _is_foreign(op.hooks)
+            outside = shared and not stale and self._content_differs(op, key, tensor)
+            if not (stale or unchecked or outside) or self._places.in_recomputation(sys._getframe(3)):
+                continue
+            if (stale or outside) and (op.event, key) not in self.silent:
+                silent: Silent = "outside" if outside else "hooks" if op.hooks else "untracked"
+                slot = None if op.hooks else slot_of(node, key)
+                dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+                self.silent[op.event, key] = self.told(op, node, slot, key, dtype, shape, stale, silent=silent)
+            if unchecked:
+                self.unchecked.setdefault(op.hooks, _unchecked(op, node))
+
+    def _note_content(self, tensor: torch.Tensor, key: int) -> None:
+        """A number that tells contents apart, for memory that may be written to from outside PyTorch. Parameters and
+        buffers are left out: other processes may train them too, and batch norm updates its own."""
+        if tensor.is_cpu and tensor.is_floating_point() and tensor.layout is torch.strided and key not in self._names:
+            contents = self._contents.setdefault((key, _layout(tensor)), [])
+            contents.append((self._event, float(tensor.sum())))
+
+    def _content_differs(self, op: GraphOp, key: int, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is another than when ``op`` saw it, though nothing in PyTorch wrote to it."""
+        noted = [number for event, number in self._contents.get((key, _layout(tensor)), ()) if event <= op.event]
+        number = float(tensor.sum())
+        return bool(noted) and noted[-1] == noted[-1] and number != noted[-1]
+
+    def _check_unmarked(self, args: Sequence[Any], frame: FrameType | None) -> None:
+        """An op is recorded on ``args``: is one of them an input that a custom function wrote to, with its history
+        as it was?"""
+        for tensor in _tensors(args):
+            for reference, sequence, write in self._unmarked:
+                if reference() is not tensor or tensor.grad_fn is None or tensor.grad_fn._sequence_nr() != sequence:
+                    continue
+                key = (write.event, sequence)
+                if key not in self.silent:
+                    use = self._places.find(frame).site("call", module=self._current_module())
+                    dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+                    function = _function_name(write.place)
+                    writes = (write.told(),)
+                    self.silent[key] = StaleTensor(
+                        function, None, dtype, shape, save=use, writes=writes, silent="unmarked"
+                    )
+
+    def _derive(self, func: Any, args: Sequence[Any], outputs: Sequence[Any], *, cut: bool) -> None:
+        assert self._derived is not None
+        sources = tuple(key for tensor in _tensors(args) if (key := _key(tensor)) is not None)
+        cut = cut and any(tensor.requires_grad for tensor in _tensors(args))
+        place = self._places.find(sys._getframe(3))
+        for tensor in _tensors(outputs):
+            key = _key(tensor)
+            if key is not None and (key not in sources or key not in self._derived or cut):
+                self._pin(key, tensor)
+                self._derived[key] = _Derived(op_name(func), place, self._current_module(), sources, cut)
+
+    def cut(self, tensor: torch.Tensor) -> Site | None:
+        """The latest call on the way to ``tensor`` that took tensors with a graph and returned one without; else the
+        call that made it of nothing."""
+        pending, seen = [_key(tensor)], set()
+        made: _Derived | None = None
+        while pending:
+            key = pending.pop(0)
+            derived = (self._derived or {}).get(key) if key is not None else None
+            if derived is None or key in seen:
+                continue
+            seen.add(key)
+            if derived.cut:
+                return derived.place.site("call", module=derived.module, op=derived.op)
+            made = derived if not derived.sources else made
+            pending += [source for source in derived.sources if source != key]
+        return made.place.site("call", module=made.module, op=made.op) if made else None
+
+    def views(self) -> tuple[Site, ...]:
+        """The calls that returned several views at once, in order."""
+        ops = dict.fromkeys(op for op in self._ops.values() if op_name(op.func) in _SEVERAL_VIEWS)
+        return _each_once(op.place.site("call", module=op.module, op=op_name(op.func)) for op in ops)
+
+    def backwards(self) -> tuple[Site, ...]:
+        """The backward passes that this thread began, in order."""
+        sites = (place.site("call") for place in self._backwards.values())
+        return tuple(site for site in sites if site is not None)
+
+    def inference(self) -> tuple[Site, ...]:
+        """The calls that made tensors under ``inference_mode``, the latest last."""
+        return _each_once(place.site("call") for place in self._inference)
+
+    def told(
+        self,
+        op: GraphOp | None,
+        node: Any,
+        slot: str | None,
+        key: int | None,
+        dtype: str,
+        shape: tuple[int, ...],
+        writes: Sequence[Overwrite],
+        *,
+        versions: tuple[int | None, int | None] = (None, None),
+        silent: Silent | None = None,
+    ) -> StaleTensor:
+        """A stale tensor with its sites. ``key`` is its storage, ``versions`` are the one saved and the one found."""
+        saved, found = versions
+        name, buffer = (None, False) if key is None else self._names.get(key, (None, False))
+        stale = StaleTensor(node.name(), slot, dtype, shape, None, None, None, (), saved, found, name, buffer, silent)
+        if op is None:
+            return stale
+        place = op.place.applied(getattr(type(node), "_forward_cls", None))
+        facts = {"module": op.module, "node": node.name(), "slot": slot}
+        return replace(
+            stale,
+            op=op_name(op.func),
+            save=place.site("save", **facts),
+            library=place.library_site("save", **facts),
+            writes=tuple(write.told() for write in writes),
+        )
+
+
+def op_name(func: Any) -> str:
+    """``aten::mul_`` of ``torch.ops.aten.mul_.Tensor``."""
+    schema = getattr(func, "_schema", None)
+    return schema.name if schema is not None else str(func)
+
+
+def is_copy_slices(node: Any) -> bool:
+    """Whether a node stands for an in-place op on a view; it hides the node of the op."""
+    name: str = node.name()
+    return name.endswith("CopySlices")
+
+
+def saved_slots(node: Any) -> Iterator[tuple[str, Any]]:
+    """The slots of a node by name, each with what PyTorch saved there: a ``SavedTensor`` or several."""
+    kind = type(node)
+    names = _SLOTS.get(kind)
+    if names is None:
+        names = _SLOTS[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    for name in names:
+        try:
+            saved = getattr(node, name)
+        except RuntimeError:  # the node of a custom function that backward went through holds nothing any more
+            continue
+        yield name.removeprefix("_raw_saved_"), saved
+
+
+def slot_value(node: Any, slot: str) -> Any:
+    """What a slot holds: a tensor, or several. Raises PyTorch's own errors for a stale or a freed one."""
+    # The nodes of custom functions spell it without the underscore.
+    return node.saved_tensors if slot == "tensors" else getattr(node, f"_saved_{slot}")
+
+
+def slot_of(node: Any, key: int) -> str | None:
+    """The slot of a node that holds the storage ``key``."""
+    for slot, _ in saved_slots(node):
+        try:
+            value = slot_value(node, slot)
+        except RuntimeError:
+            continue
+        for tensor in _tensors((value,)):
+            if tensor.untyped_storage()._cdata == key:
+                return "saved_tensors" if slot == "tensors" else slot
+    return None
+
+
+_SLOTS: dict[type, tuple[str, ...]] = {}
+
+
+def _write_targets(func: Any) -> tuple[tuple[int, str], ...]:
+    schema = getattr(func, "_schema", None)
+    # The running statistics that a batch norm writes to are no part of its gradient.
+    if schema is None or "batch_norm" in schema.name:
+        return ()
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def _key(tensor: torch.Tensor) -> int | None:
+    """What stands for the tensor's storage, where it has one."""
+    try:
+        key: int = tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
+    return key
+
+
+def _has_backward_hooks(module: nn.Module) -> bool:
+    return bool(module._backward_hooks and module._is_full_backward_hook) or bool(module._backward_pre_hooks)
+
+
+def _layout(tensor: torch.Tensor) -> Layout:
+    return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+
+
+def _each_once(sites: Iterable[Site | None]) -> tuple[Site, ...]:
+    return tuple(dict.fromkeys(site for site in sites if site is not None))
+
+
+def _function_name(place: Place) -> str:
+    """Of a place in the forward of a custom function, ``Scale.forward``."""
+    code = place.user[0] if place.user else None
+    return str(getattr(code, "co_qualname", getattr(code, "co_name", "a custom function"))).replace("<locals>.", "")
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                if isinstance(item, torch.Tensor):
+                    yield item
+
+
+def _active_hooks() -> Hooks:
+    """The innermost pack hook for saved tensors; false where there is none."""
+    if hasattr(_AUTOGRAD, "_top_saved_tensors_default_hooks"):
+        top = _AUTOGRAD._top_saved_tensors_default_hooks(True)
+        return top[0] if top else False
+    if not _AUTOGRAD._saved_tensors_hooks_is_enabled():
+        return False
+    try:
+        # This PyTorch does not tell which, but refuses to disable hooks while some are active.
+        _AUTOGRAD._saved_tensors_hooks_disable("")
+    except RuntimeError:
+        return True
+    finally:
+        _AUTOGRAD._saved_tensors_hooks_enable()
+    return False
+
+
+def _is_foreign(hooks: Hooks) -> bool:
+    """Whether a hook is known, and not PyTorch's own."""
+    return callable(hooks) and not str(getattr(hooks, "__module__", "")).startswith("torch.")
+
+
+def _unchecked(op: GraphOp, node: Any) -> UncheckedSave:
+    code = getattr(op.hooks, "__code__", None)
+    hooks = Place((code, 0), None).site("call") if code is not None else None
+    return UncheckedSave(node.name(), op.place.site("save", module=op.module, node=node.name()), hooks)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    row = tensor.detach()
+    while row.dim() > 1 and row.shape[0]:
+        row = row[0]
+    return row[:16].clone() if row.dim() else row.clone()
+
+
+def _same(before: torch.Tensor, after: torch.Tensor) -> bool:
+    return bool(((before == after) | ((before != before) & (after != after))).all())
+
+
+def _overlap(write: Overwrite, tensor: torch.Tensor) -> bool:
+    """Whether a write touched an element of ``tensor``, which shares its storage."""
+    if write.dtype.itemsize != tensor.dtype.itemsize:
+        return True
+    layouts = (write.layout, _layout(tensor))
+    if any(0 in shape for _, shape, _ in layouts):
+        return False
+    ends = [
+        offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1 for offset, shape, stride in layouts
+    ]
+    touched = torch.zeros(max(ends), dtype=torch.bool)
+    (offset, shape, stride), (other_offset, other_shape, other_stride) = layouts
+    touched.as_strided(shape, stride, offset).fill_(True)
+    return bool(touched.as_strided(other_shape, other_stride, other_offset).any())
+
+
+def _allow_higher_order_ops() -> None:
+    """Let ops that take functions pass through the mode. Newer PyTorch asks ``supports_higher_order_operators``."""
+    if hasattr(TorchDispatchMode, "supports_higher_order_operators"):
+        return
+    for op in tuple(torch._ops._higher_order_ops.values()):
+        if all(WriteProbe not in getattr(op, table, ()) for table in ("python_key_mode_table", "python_key_table")):
+            op.py_impl(WriteProbe)(_pass_through(op))
+
+
+def _pass_through(op: Any) -> Callable[..., Any]:
+    def call(mode: WriteProbe, *args: Any, **kwargs: Any) -> Any:
+        return op(*args, **kwargs)
+
+    return call
+
+
+def _counting(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call an op that leaves it to the ops it is made of to count versions (a list op): below a mode they would not."""
+    if _inference_mode():
+        return func(*args, **kwargs)
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return func(*args, **kwargs)
+
+
+def _take_modes_above(mode: TorchDispatchMode | None) -> list[Any]:
+    """Take ``mode`` (or, for ``None``, all) and what lies above it off the stack; return the others, lowest first."""
+    taken: list[Any] = []
+    while torch._C._len_torch_dispatch_stack():
+        top = torch._C._pop_torch_dispatch_stack(None)
+        if top is mode:
+            break
+        taken.append(top)
+    return taken[::-1]
+
+
+def _put_modes(modes: list[Any]) -> None:
+    for mode in modes:
+        torch._C._push_on_torch_dispatch_stack(mode)

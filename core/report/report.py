@@ -1,0 +1,152 @@
+"""The report: findings with what they were judged on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ampcheck.rule import Finding, Severity
+from ampcheck.source import short_path
+from ampcheck.trace import Comparison, ModuleCall, Site, Trace
+
+SCHEMA = "ampcheck/1"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Findings on a trace, most severe first; ``not_judged`` maps the codes of rules that could not be judged to the
+    reason. ``str(report)`` is the text form, ``to_dict()`` the JSON form."""
+
+    trace: Trace
+    findings: tuple[Finding, ...] = ()
+    not_judged: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        from ampcheck.report.text import render_report
+
+        return render_report(self).plain
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What ``ampcheck.compare`` found by running both models."""
+        return self.trace.comparison
+
+    def count(self, severity: Severity) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values, in the schema ``ampcheck/1``: fields are added to it, never changed."""
+        import ampcheck
+
+        trace = self.trace
+        precision, failure, host = trace.precision, trace.failure, trace.host
+        return {
+            "schema": SCHEMA,
+            "ampcheck": ampcheck.__version__,
+            "torch": trace.environment.torch,
+            "host": {"name": host.name, "version": host.version} if host else None,
+            "precision": {
+                "mode": precision.mode,
+                "device_type": precision.device_type,
+                "dtype": precision.dtype,
+                "scaler": precision.scaler,
+                "source": precision.source,
+            },
+            "findings": [_finding(finding) for finding in self.findings],
+            "not_judged": [{"code": code, "reason": reason} for code, reason in self.not_judged.items()],
+            "failure": None
+            if failure is None
+            else {"type": failure.type, "message": failure.message, "phase": failure.phase, "step": failure.step},
+            "modules": _modules(trace),
+            **({"comparison": _comparison(trace.comparison)} if trace.comparison is not None else {}),
+        }
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON form. A reader never sees half a report. Raises ``OSError``."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file, indent=1, default=str)
+                file.write("\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "code": finding.code,
+        "name": finding.name,
+        "severity": str(finding.severity),
+        "message": finding.message,
+        "module": finding.module,
+        "sites": [_site(site) for site in finding.sites],
+        "evidence": dict(finding.evidence),
+        "fix": finding.fix,
+        "host_fix": finding.host_fix,
+    }
+
+
+def _site(site: Site) -> dict[str, Any]:
+    required = {"role": site.role, "file": short_path(site.file), "line": site.line, "function": site.function}
+    optional = {name: getattr(site, name) for name in ("code", "module", "op", "node", "slot")}
+    return required | {name: value for name, value in optional.items() if value is not None}
+
+
+def _comparison(comparison: Comparison) -> dict[str, Any]:
+    first = comparison.first_module
+    return {
+        "first": comparison.first,
+        "second": comparison.second,
+        "equal": comparison.equal,
+        "inputs": list(comparison.inputs),
+        "tolerances": [asdict(tolerance) for tolerance in comparison.tolerances],
+        "outputs": [_finite(asdict(output)) for output in comparison.outputs],
+        "first_module": first.module if first is not None else None,
+        "modules": [_finite(asdict(module)) for module in comparison.modules],
+        "modules_unseen": comparison.unseen,
+    }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: there it is null."""
+    return {key: None if value in (math.inf, -math.inf) else value for key, value in values.items()}
+
+
+def _modules(trace: Trace) -> list[dict[str, Any]]:
+    if trace.model is None:
+        return []
+    calls: dict[str | None, list[ModuleCall]] = {}
+    for call in trace.training.calls if trace.training else ():
+        if not call.in_backward:
+            calls.setdefault(call.module, []).append(call)
+    rows = []
+    for module in trace.model.modules:
+        own = calls.get(module.name, [])
+        states: Counter[str] = Counter()
+        for call in own:
+            states[call.autocast.dtype if call.autocast.enabled else "off"] += call.count
+        rows.append(
+            {
+                "name": module.name,
+                "type": module.type,
+                "parameters": dict(module.parameters),
+                "buffers": dict(module.buffers),
+                "calls": sum(call.count for call in own),
+                "autocast": states.most_common(1)[0][0] if states else None,
+                "inputs": list(own[0].inputs) if own else [],
+                "outputs": list(own[0].outputs) if own else [],
+            }
+        )
+    return rows

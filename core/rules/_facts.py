@@ -1,0 +1,62 @@
+"""What more than one rule reads off a trace."""
+
+from collections import Counter
+
+from ampcheck.precision import LOW_PRECISION
+from ampcheck.trace import AutocastRegion, ModelInfo, StepTrace, TensorInfo, Trace
+
+FLOATING = LOW_PRECISION | {"float32", "float64"}
+
+
+def trainable(model: ModelInfo) -> list[TensorInfo]:
+    return [tensor for tensor in model.parameters if tensor.requires_grad]
+
+
+def in_force(step: StepTrace | None) -> Counter[str]:
+    """Module calls of the forward pass by the autocast dtype they ran under; calls with autocast off left out. A host
+    may enter autocast around a model that leaves it again: none, where no module inside another ran under it."""
+    dtypes: Counter[str] = Counter()
+    calls = step.forward if step else ()
+    inner = [call for call in calls if call.leaf]
+    if inner and not any(call.autocast.enabled for call in inner):
+        return dtypes
+    for call in calls:
+        if call.autocast.enabled:
+            dtypes[call.autocast.dtype] += call.count
+    return dtypes
+
+
+def scaling(trace: Trace) -> bool:
+    return trace.scaler is not None and trace.scaler.enabled
+
+
+def wants_mixed(trace: Trace) -> bool:
+    """Whether mixed precision is declared or, where the user declared nothing, shown by a scaler or by autocast in
+    force."""
+    precision = trace.precision
+    undeclared = precision.mode == "unknown" or not precision.explicit
+    return precision.mixed or (undeclared and (scaling(trace) or bool(in_force(trace.training))))
+
+
+def optimized(trace: Trace, dtype: str) -> bool:
+    """Whether an optimizer holds parameters of ``dtype``, as far as the optimizers are known."""
+    return not trace.optimizers or any(optimizer.dtypes.get(dtype) for optimizer in trace.optimizers)
+
+
+def misplaced_regions(trace: Trace) -> tuple[AutocastRegion, ...]:
+    """The regions that asked for autocast and gave the model none: they are for another device type, or torch switched
+    them off. None where autocast was on for the model's device type anywhere in the training step.
+    """
+    model, step = trace.model, trace.training
+    if model is None or step is None or in_force(step):
+        return ()
+    if any(region.enabled and region.is_for(model.device_type) for region in step.regions):
+        return ()
+    return tuple(region for region in step.regions if region.enabled or region.requested)
+
+
+def covered(step: StepTrace, regions: tuple[AutocastRegion, ...]) -> float:
+    """The share of the module calls of the forward pass that ran inside one of ``regions``."""
+    indices = {region.index for region in regions}
+    inside = sum(call.count for call in step.forward if any(r.index in indices for r in step.around(call.region)))
+    return inside / max(1, sum(call.count for call in step.forward))

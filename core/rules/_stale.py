@@ -1,0 +1,178 @@
+"""What the rules about saved tensors have in common: the tensor, its sites and the ways out, in words."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal
+
+from ampcheck.rules._words import be, count, place, places, some
+from ampcheck.trace import Failure, Site, StaleTensor, Trace, Write
+
+Cause = Literal["write", "optimizer", "buffer"]
+
+MODIFIED = "saved-tensor-modified"
+_AUGMENTED = re.compile(r"^([\w.]+(?:\[.*?\])?)\s*(\+|-|\*|/|//|%|\*\*|@|&|\||\^)=\s*(.+)$")
+_INDEXED = re.compile(r"^([\w.]+)\[.*?\]\s*(?:[-+*/%@&|^]|\*\*|//)?=(?!=)")
+_COMMENT = re.compile(r"\s+#[^'\"]*$")
+_NO_TWIN = re.compile("bernoulli|cauchy|copy|exponential|fill|geometric|log_normal|normal|random|set|uniform|zero")
+_METHOD = re.compile(r"\.(\w*[a-z\d])_\(")
+
+
+def crash(trace: Trace) -> Failure | None:
+    """The failure, where PyTorch found a saved tensor modified."""
+    return trace.failure if trace.failure is not None and trace.failure.kind == MODIFIED else None
+
+
+def found_by_pytorch(trace: Trace) -> tuple[StaleTensor, ...]:
+    """The stale tensors behind the failure, the one it was raised for first."""
+    if crash(trace) is None or trace.graph is None:
+        return ()
+    return tuple(stale for stale in trace.graph.stale if stale.silent is None)
+
+
+def passed_by_pytorch(trace: Trace) -> tuple[StaleTensor, ...]:
+    """The stale tensors that backward used without an error."""
+    return tuple(stale for stale in trace.graph.stale if stale.silent is not None) if trace.graph else ()
+
+
+def cause(stale: StaleTensor) -> Cause:
+    """Whose write it was: an optimizer's, one to a buffer of the model, or any other."""
+    if any(write.by == "optimizer" for write in stale.writes):
+        return "optimizer"
+    if stale.buffer or any(write.by == "buffer-broadcast" for write in stale.writes):
+        return "buffer"
+    return "write"
+
+
+def plain_op(name: str | None) -> str:
+    """``relu_`` of ``aten::relu_``."""
+    return (name or "an operation").rpartition("::")[2]
+
+
+def saved_by(stale: StaleTensor) -> str:
+    """The op of the forward pass that saved it, by the name its users know."""
+    custom = re.fullmatch(r"(\w+)Backward", stale.node)
+    if custom or stale.op is None:
+        return custom[1] if custom else re.sub(r"Backward\d+$", "", stale.node)
+    return plain_op(stale.op).removeprefix("_").removesuffix("_")
+
+
+def is_output(stale: StaleTensor) -> bool:
+    return (stale.slot or "").startswith(("result", "output"))
+
+
+def what(stale: StaleTensor) -> str:
+    """The tensor in words: ``the output of relu``, ``the buffer mask, saved by mul``."""
+    if stale.name:
+        return f"the {'buffer' if stale.buffer else 'parameter'} {stale.name}, saved by {saved_by(stale)},"
+    if is_output(stale):
+        return f"the output of {saved_by(stale)}"
+    return f"a tensor saved by {saved_by(stale)}"
+
+
+def sites_of(stale: StaleTensor) -> tuple[Site, ...]:
+    """Write sites and save site, each once."""
+    return places([*(write.site for write in stale.writes[:3]), stale.save])
+
+
+def data_of(stale: StaleTensor, others: Iterable[StaleTensor] = ()) -> dict[str, Any]:
+    """The evidence as JSON values, with all other stale tensors."""
+    data: dict[str, Any] = {
+        "dtype": stale.dtype,
+        "shape": list(stale.shape),
+        "version_saved": stale.version_saved,
+        "version_found": stale.version_found,
+        "node": stale.node,
+        "slot": stale.slot,
+    }
+    if stale.name:
+        data["tensor"] = stale.name
+    if stale.library:
+        data["saved_in"] = f"{stale.library.file}:{stale.library.line}"
+    library = next((write.library for write in stale.writes if write.library), None)
+    if library:
+        data["written_in"] = f"{library.file}:{library.line}"
+    rest = [
+        {
+            "node": other.node,
+            "slot": other.slot,
+            "module": other.save.module if other.save else None,
+            "saved_at": str(other.save) if other.save else None,
+            "written_at": [str(site) for site in places(write.site for write in other.writes)],
+        }
+        for other in others
+    ]
+    if rest:
+        data["also_stale"] = rest
+    return data
+
+
+def others_in_words(others: Iterable[StaleTensor]) -> str:
+    """`` 2 more saved tensors are stale: ...``, or nothing."""
+    told = list(
+        dict.fromkeys(f"{stale.name or stale.slot or 'one'} of {stale.node}{place(stale.save)}" for stale in others)
+    )
+    return f" {count(len(told), 'more saved tensor')} {be(len(told))} stale: {some(told)}." if told else ""
+
+
+def module_of(stale: StaleTensor) -> str | None:
+    """The module that wrote, else the one that saved."""
+    write = next((write.site for write in stale.writes if write.site), None)
+    if write is not None and write.module is not None:
+        return write.module
+    return stale.save.module if stale.save else None
+
+
+def written(write: Write) -> str:
+    """``by mul_ at model.py:41``."""
+    return f"by {plain_op(write.op)}{place(write.site)}"
+
+
+def sentence(text: str) -> str:
+    """With a capital, but for a name that has none."""
+    return text[:1].upper() + text[1:]
+
+
+def as_write(site: Site) -> Site:
+    """The line that raised, where it is the line that writes."""
+    return replace(site, role="write")
+
+
+def ways_out(write: Write | None, stale: StaleTensor) -> str | None:
+    """At most two: what to change in the line that writes."""
+    if write is None or write.site is None:
+        return None
+    # `levels[i] += x` writes to a whole tensor of a list, `x[i] += y` to a part of a tensor.
+    return out_of_place(write.site, plain_op(write.op), write.library, whole=write.shape == stale.shape)
+
+
+def out_of_place(site: Site, op: str, library: Site | None = None, *, whole: bool = False) -> str:
+    """How to say the line of ``site`` without a write."""
+    code = _COMMENT.sub("", site.code).rstrip(";, ")
+    if re.search(r"\binplace\s*=\s*True", code):
+        return f"Drop `inplace=True` at {site}."
+    augmented = _AUGMENTED.match(code)
+    if augmented and (whole or "[" not in augmented[1]):
+        target, operator, value = augmented.groups()
+        return f"Write `{target} = {target} {operator} {_operand(value)}` at {site}."
+    indexed = _INDEXED.match(code)
+    if indexed:
+        target = indexed[1].removesuffix(".data")
+        return (
+            f"Write to a copy: `{target} = {target}.clone()` before {site}, or build the result with `torch.where` or "
+            "`torch.cat`."
+        )
+    method = _METHOD.search(code)
+    if method and not _NO_TWIN.fullmatch(method[1]):
+        spelled = f"torch.{method[1]}" if method[1].startswith("_foreach") else f".{method[1]}"
+        return f"Use `{spelled}(...)`, without the underscore, at {site}, and go on with what it returns."
+    if re.search(r"\bout\s*=", code):
+        return f"Drop `out=` at {site}, and go on with what the call returns."
+    if method is None and site.module:
+        where = f"{site.module} ({library})" if library else site.module
+        return f"Build {where} without `inplace=True`, or give it a copy at {site}: `.clone()`."
+    return f"Make a new tensor at {site}, or write to a copy: `.clone()`."
+
+
+def _operand(value: str) -> str:
+    return f"({value})" if re.search(r"\s(?:[-+*/%@&|^]|if|or|and)\s", value) else value

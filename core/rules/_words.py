@@ -1,0 +1,38 @@
+"""How messages count, list and place things."""
+
+from collections.abc import Iterable
+
+from ampcheck.trace import Site
+
+
+def count(number: int, noun: str) -> str:
+    """``1 parameter``, ``2 parameters``; of several words the first is counted: ``2 calls of it``."""
+    head, _, rest = noun.partition(" of ")
+    return f"{number} {head}{'' if number == 1 else 's'}" + (f" of {rest}" if rest else "")
+
+
+def be(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
+def share(part: int, whole: int, noun: str) -> str:
+    """``1 of the 7 parameters is``, ``2 of the 7 parameters are``."""
+    return f"{part} of the {count(whole, noun)} {be(part)}"
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first names, and how many more there are: ``a, b, c and 4 more``."""
+    names = list(names)
+    if len(names) > limit + 1:
+        return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
+
+
+def place(site: Site | None) -> str:
+    """`` at train.py:12``, or nothing where the site is not known."""
+    return f" at {site}" if site else ""
+
+
+def places(sites: Iterable[Site | None]) -> tuple[Site, ...]:
+    """The known sites, each once, in order."""
+    return tuple(dict.fromkeys(site for site in sites if site))

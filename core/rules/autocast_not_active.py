@@ -1,0 +1,77 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._facts import covered, in_force, misplaced_regions, trainable, wants_mixed
+from ampcheck.rules._words import count, place, places, some
+from ampcheck.trace import AutocastRegion, Trace
+
+
+@rule(
+    "AMP101",
+    Severity.ERROR,
+    fix="Run the forward pass and the loss inside `with torch.autocast(device_type, dtype=...):`.",
+    needs=("model", "training"),
+)
+def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
+    """Mixed precision was asked for, and no autocast region covered the training forward.
+
+    What it does
+        Compares the declared precision with autocast as each module of the watched training step found it. Where no
+        precision is declared, an enabled gradient scaler counts as asking. Regions for another device type, or that
+        PyTorch switched off, are AMP103's. It is a warning where mixed precision was a default that nobody chose,
+        where a region held no module call but may have been entered inside one, and where the model is compiled.
+
+    Why is this bad?
+        The run trains in float32: correct, but at the speed and memory of float32. Nothing in PyTorch says so.
+
+    Example
+        ```python
+        scaler = torch.amp.GradScaler(device)
+        loss = criterion(model(images), labels)
+        scaler.scale(loss).backward()
+        ```
+
+    Use instead
+        ```python
+        with torch.autocast(device, dtype=torch.float16):
+            loss = criterion(model(images), labels)
+        scaler.scale(loss).backward()
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/amp.html#autocasting
+        - https://docs.pytorch.org/tutorials/recipes/recipes/amp_recipe.html
+    """
+    assert trace.model is not None
+    assert trace.training is not None
+    precision, model, step = trace.precision, trace.model, trace.training
+    if precision.mixed:
+        source = f" by {precision.source}" if precision.source else ""
+        asked = f"Mixed {precision.dtype or 'precision'} was asked for{source}"
+    elif wants_mixed(trace) and any(parameter.dtype == "float32" for parameter in trainable(model)):
+        asked = "An enabled gradient scaler shows that mixed precision was wanted"
+    else:
+        return
+    calls = sum(call.count for call in step.forward)
+    misplaced = misplaced_regions(trace)
+    if not calls or in_force(step) or (misplaced and covered(step, misplaced) >= 0.5):
+        return
+    regions = tuple({(r.device_type, r.enabled, r.site): r for r in step.regions}.values())
+    entered = f" Autocast was entered {some(_spelled(region) for region in regions)}." if regions else ""
+    unseen = " Part of the model is compiled, and what compiled code does is not seen." if model.compiled else ""
+    around_calls = {region.index for call in step.calls for region in step.around(call.region)}
+    around_nothing = any(
+        region.enabled and region.is_for(model.device_type) and region.index not in around_calls
+        for region in step.regions
+    )
+    yield Evidence(
+        f"{asked}, but none of the {count(calls, 'module call')} of the training step ran under autocast."
+        f"{entered}{unseen}",
+        sites=places(region.site for region in regions),
+        data={"module_calls": calls, "asked_dtype": precision.dtype},
+        severity=Severity.WARNING if around_nothing or model.compiled or not precision.explicit else None,
+    )
+
+
+def _spelled(region: AutocastRegion) -> str:
+    return f"with enabled={region.enabled} for {region.device_type}{place(region.site)}"

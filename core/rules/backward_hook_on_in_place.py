@@ -1,0 +1,53 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._stale import as_write
+from ampcheck.rules._words import place, some
+from ampcheck.trace import Trace
+
+
+@rule(
+    "AMP410",
+    Severity.ERROR,
+    fix="Register the hook on a tensor (`output.register_hook`), or make the module behind it out of place.",
+    needs=("failure",),
+)
+def backward_hook_on_in_place(trace: Trace) -> Iterator[Evidence]:
+    """A full backward hook sits on a module whose input or output is written to in place.
+
+    What it does
+        Names the line that writes, and the modules of the model that carry full backward hooks.
+
+    Why is this bad?
+        A full backward hook wraps the inputs and outputs of its module in views that must not be written to. An
+        in-place activation on either side of it stops the forward pass.
+
+    Example
+        ```python
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True))
+        net[0].register_full_backward_hook(hook)
+        ```
+
+    Use instead
+        ```python
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        net[0].register_full_backward_hook(hook)
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.register_full_backward_hook
+        - https://github.com/pytorch/pytorch/issues/61519
+    """
+    failure = trace.failure
+    if failure is None or failure.kind != "backward-hook-view":
+        return
+    site = as_write(failure.sites[0]) if failure.sites else None
+    hooked = trace.graph.hooked if trace.graph is not None else ()
+    names = [f"module {name}" if name else "the model itself" for name in hooked]
+    yield Evidence(
+        f"A tensor that a full backward hook watches was written to in place{place(site)}"
+        f"{f'; full backward hooks are on {some(names)}' if names else ''}.",
+        module=failure.module,
+        sites=(site,) if site else (),
+        data={"hooked": list(hooked)},
+    )

@@ -1,0 +1,69 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._stale import cause, data_of, found_by_pytorch, passed_by_pytorch, plain_op, sentence, sites_of
+from ampcheck.rules._words import place
+from ampcheck.trace import StaleTensor, Trace
+
+
+@rule(
+    "AMP407",
+    Severity.ERROR,
+    fix="Give the forward pass a copy of the buffer: `self.mask.clone()`, or run one forward pass per backward.",
+    needs=("graph",),
+)
+def buffers_rewritten_between_forwards(trace: Trace) -> Iterator[Evidence]:
+    """A buffer that a forward pass had saved was rewritten before its backward.
+
+    What it does
+        Names the buffer, the operation that saved it, and who rewrote it: DistributedDataParallel, which sends the
+        buffers of rank 0 to all at each forward, or the module itself in a second forward.
+
+    Why is this bad?
+        Two forward passes before one backward is common (siamese and contrastive losses, GANs). The second rewrites
+        what the first has saved, and backward dies, or uses the wrong values where nobody checks.
+
+    Example
+        ```python
+        model = DistributedDataParallel(net)
+        loss = contrast(model(a), model(b))
+        loss.backward()
+        ```
+
+    Use instead
+        ```python
+        model = DistributedDataParallel(net, broadcast_buffers=False)
+        loss = contrast(model(a), model(b))
+        loss.backward()
+        ```
+
+    References
+        - https://github.com/pytorch/pytorch/issues/22095
+        - https://github.com/huggingface/transformers/issues/24996
+    """
+    for stale in (found_by_pytorch(trace)[:1], passed_by_pytorch(trace)):
+        rewritten = [one for one in stale if cause(one) == "buffer"]
+        if rewritten:
+            yield _evidence(rewritten[0], rewritten[1:])
+
+
+def _evidence(stale: StaleTensor, others: list[StaleTensor]) -> Evidence:
+    write = stale.writes[0] if stale.writes else None
+    broadcast = write is not None and write.by == "buffer-broadcast"
+    if write is not None and broadcast:
+        who = f" by the buffer broadcast of DistributedDataParallel{place(write.site)}"
+    else:
+        who = f" by {plain_op(write.op)}{place(write.site)}" if write else ""
+    silently = ", and PyTorch does not notice" if stale.silent else ""
+    named = f"the buffer {stale.name}" if stale.name else "a buffer"
+    attribute = f"self.{stale.name.rpartition('.')[2]}" if stale.name else "buffer"
+    copy = f"Use a copy{place(stale.save)}: `{attribute}.clone()`"
+    return Evidence(
+        sentence(
+            f"{named}, saved by {stale.node}{place(stale.save)}, was rewritten{who} before backward used it{silently}."
+        ),
+        module=stale.name.rpartition(".")[0] if stale.name else None,
+        sites=sites_of(stale),
+        data=data_of(stale, others),
+        fix=f"{copy}, or build DistributedDataParallel with `broadcast_buffers=False`." if broadcast else f"{copy}.",
+    )

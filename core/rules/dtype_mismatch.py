@@ -1,0 +1,57 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._crash import cast_fix, crash_message, data_of, sites_of, told_by, why_autocast_did_not_act
+from ampcheck.trace import Trace
+
+
+@rule(
+    "AMP203",
+    Severity.ERROR,
+    fix="Give the operands one dtype: cast the low-precision one with `.float()`, or let autocast cast them.",
+    needs=("failure",),
+)
+def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
+    """An operation got tensors of different dtypes, and autocast did not cast them.
+
+    What it does
+        Takes the crash apart: the module, the operation, each operand with dtype, shape and the line or module that
+        made it, and the reason why autocast did not act: it was off here, was never entered (or for another device),
+        a parameter is not float32, the code is in a custom `autograd.Function`, the operation writes in place, ran
+        in another thread, or is one autocast has no rule for. A reason that cannot be established is called unknown.
+
+    Why is this bad?
+        The step dies. PyTorch's message names two dtypes, but no module, no tensor and no reason; casting the wrong
+        one (the input, say) hides the fault or moves it to the next layer.
+
+    Example
+        ```python
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.stem(x)
+            with torch.autocast("cpu", enabled=False):
+                return self.head(y)  # y is bfloat16, the weights are float32
+        ```
+
+    Use instead
+        ```python
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.stem(x)
+            with torch.autocast("cpu", enabled=False):
+                return self.head(y.float())
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/amp.html#autocast-op-reference
+    """
+    failure = trace.failure
+    if failure is None or failure.kind != "dtype-mismatch":
+        return
+    why = why_autocast_did_not_act(trace, failure)
+    message = crash_message(failure, "operands of different dtypes met")
+    yield Evidence(
+        f"{message[:-1]}. Autocast did not unify them: {why.words}.",
+        module=failure.module,
+        sites=sites_of(failure, why.site),
+        data={**data_of(failure, why), **told_by(failure)},
+        fix=cast_fix(failure, why),
+    )

@@ -1,0 +1,153 @@
+import math
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._words import be, count, place, some
+from ampcheck.trace import Cause, Comparison, Trace
+
+_BRANCH_FIX = (
+    "Write the choice with tensor operations (`torch.where`), or export with `torch.jit.script` or `torch.cond`, which "
+    "keep both branches."
+)
+_FIXES = {
+    "data-dependent": _BRANCH_FIX,
+    "frozen-shape": "Take sizes from `x.shape` without `int()`, `len()` or NumPy in between, and name the sizes that "
+    "may change (`dynamic_shapes`, `dynamic_axes`).",
+    "training-mode": "Call `model.eval()` before the export, and export again.",
+    "buffer-update": "Call `model.eval()` before the export; a buffer that `forward` must change belongs in the inputs "
+    "and outputs.",
+    "state-differs": "Export again from the checkpoint that the eager model holds.",
+    "left-dispatcher": "Compute it with tensor operations while exporting, or register the function with "
+    "`torch.library.custom_op`.",
+    "raises": "Export on inputs of the same device, dtype and sizes, and make new tensors on the device of an input.",
+}
+
+
+@rule(
+    "AMP601",
+    Severity.ERROR,
+    fix="Look at the code of the module named, between its submodules, and compare again after each change.",
+    needs=("comparison",),
+)
+def export_differs(trace: Trace) -> Iterator[Evidence]:
+    """On fresh inputs the exported model disagrees with the eager one.
+
+    What it does
+        Runs the exported and the eager model on the example and on fresh inputs, compares the outputs within the
+        tolerance of their dtype, and names the first module whose output differs. Where the reason can be shown it is
+        told: a value read from a tensor that decides a branch, a size frozen by the trace, dropout or batch norm left
+        in training mode, buffers that the model writes, other weights.
+
+    Why is this bad?
+        A trace records what happened on one example. It is exact there, and `check_trace` compares on that same
+        example.
+
+    Example
+        ```python
+        class Gate(nn.Module):
+            def forward(self, x):
+                return x if x.mean() > 0 else -x
+
+        exported = torch.jit.trace(Gate(), example)
+        ```
+
+    Use instead
+        ```python
+        class Gate(nn.Module):
+            def forward(self, x):
+                return torch.where(x.mean() > 0, x, -x)
+
+        exported = torch.jit.trace(Gate(), example)
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/generated/torch.jit.trace.html
+        - https://pytorch.org/docs/stable/export.html
+    """
+    comparison = trace.comparison
+    assert comparison is not None
+    if not comparison.export:
+        return
+    told = [cause for cause in comparison.causes if not (cause.reason == "raises" and len(comparison.causes) > 1)]
+    explained = False
+    for cause in told:
+        explains = not comparison.equal and cause.certain
+        verdict = "" if explained or not explains else f" {_verdict(comparison)}"
+        explained = explained or explains
+        yield Evidence(
+            f"{_said(cause, comparison)}{verdict}",
+            module=cause.module if cause.module is not None else comparison.culprit,
+            sites=cause.sites,
+            data={"reason": cause.reason, "detail": cause.detail, **_numbers(comparison)},
+            severity=Severity.ERROR if cause.certain else Severity.WARNING,
+            fix=_FIXES[cause.reason],
+        )
+    if not comparison.equal and not explained and comparison.rounding is None:
+        yield Evidence(
+            _verdict(comparison),
+            module=comparison.culprit,
+            data={"reason": "baked-constant" if comparison.constants else "unknown", **_numbers(comparison)},
+            fix="The findings beside this one say why." if comparison.constants else None,
+        )
+
+
+def _said(cause: Cause, comparison: Comparison) -> str:
+    second, where = comparison.second, cause.module or "the model"
+    at = place(cause.sites[0]) if cause.sites else ""
+    if cause.reason == "data-dependent":
+        held = f"a Python value is read from a tensor{at}, in {where}"
+        return f"{held[0].upper()}{held[1:]}: it {cause.detail}. The {second} holds one of its values for good."
+    if cause.reason == "frozen-shape":
+        return f"The {second} computes for the sizes of its example alone: {cause.detail}."
+    if cause.reason == "training-mode":
+        what = "Dropout" if cause.detail == "dropout" else "Batch norm"
+        does = "drops at random" if what == "Dropout" else "normalizes by the batch it is given"
+        return f"{what} was left in training mode: in {where} the {second} {does}{at}."
+    if cause.reason == "buffer-update":
+        who, _, names = cause.detail.partition(": ")
+        buffers = some(names.split(", "))
+        if who == "exported":
+            return (
+                f"Every call of the {second} updates {buffers}, as every call while it was made did: it starts from "
+                "where the export left the buffers."
+            )
+        return f"Every call of the eager model updates {buffers}, and the {second} holds what the export left there."
+    if cause.reason == "state-differs":
+        names_ = cause.detail.split(", ")
+        return f"{some(names_)} {be(len(names_))} not the same in the {second} as in the eager model."
+    if cause.reason == "left-dispatcher":
+        return f"In {where} something outside the dispatcher computes an activation ({cause.detail}){at}."
+    return f"The {second} stops where the eager model does not: {cause.detail}."
+
+
+def _verdict(comparison: Comparison) -> str:
+    """What differs, by how much, and where it begins."""
+    worst = [output for output in comparison.outputs if not output.equal]
+    if not worst:
+        return f"The {comparison.second} does not run on the inputs the eager model runs on."
+    output = max(worst, key=lambda o: o.relative)
+    size = f"largest absolute error {output.absolute:.3g}, relative {output.relative:.3g}, on {output.inputs}"
+    several = f"{count(len(worst), 'output')} of the {comparison.second} differ{'s' if len(worst) == 1 else ''}"
+    text = f"{several} from the eager model's ({size})."
+    first, culprit = comparison.first_module, comparison.culprit
+    if first is None:
+        return text + (f" The module is not known: {comparison.unseen}." if comparison.unseen else "")
+    text += f" The first module whose output differs is {first.module or 'the model itself'}."
+    if first.inputs_equal is False:
+        text += f" What it is given differs already, so the place is in the code of {culprit or 'the model'} itself."
+    return text
+
+
+def _numbers(comparison: Comparison) -> dict[str, object]:
+    first = comparison.first_module
+    return {
+        "format": comparison.second,
+        "first_module": first.module if first else None,
+        "outputs": {
+            o.output: {"absolute": _json(o.absolute), "relative": _json(o.relative)} for o in comparison.outputs
+        },
+    }
+
+
+def _json(number: float) -> float | None:
+    return number if math.isfinite(number) else None

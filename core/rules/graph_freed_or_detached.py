@@ -1,0 +1,75 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._stale import plain_op
+from ampcheck.rules._words import place, places
+from ampcheck.trace import Failure, Trace
+
+
+@rule(
+    "AMP408",
+    Severity.ERROR,
+    fix="Run backward once on a loss that depends on parameters that require grad.",
+    needs=("failure",),
+)
+def graph_freed_or_detached(trace: Trace) -> Iterator[Evidence]:
+    """Backward was run on a graph that is gone, or on a loss that never had one.
+
+    What it does
+        For a second backward, names the first. For a loss without a graph, names the last call that cut it:
+        `detach`, `no_grad`, an operation without a gradient, or a new tensor made of numbers.
+
+    Why is this bad?
+        The first backward frees what the graph had saved. A loss without a graph trains nothing.
+
+    Example
+        ```python
+        state = cell(x, state)
+        loss(state).backward()  # in the next iteration: through the old graph again
+        ```
+
+    Use instead
+        ```python
+        state = cell(x, state.detach())
+        loss(state).backward()
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/notes/autograd.html#saved-tensors
+    """
+    failure = trace.failure
+    if failure is not None and failure.kind == "graph-freed":
+        yield _freed(trace, failure)
+    elif failure is not None and failure.kind == "no-graph":
+        yield _detached(trace, failure)
+
+
+def _freed(trace: Trace, failure: Failure) -> Evidence:
+    raised = failure.sites[0] if failure.sites else None
+    earlier = trace.graph.backwards[:-1] if trace.graph is not None else ()
+    first = earlier[-1] if earlier else None
+    return Evidence(
+        f"Backward{place(raised)} reached what an earlier backward{place(first)} had used and freed.",
+        module=failure.module,
+        sites=places((raised, first)),
+        fix=(
+            "Add up the losses and run backward once, or `.detach()` what is carried over from the step before; "
+            "`retain_graph=True` on the first backward only where both need the same graph."
+        ),
+    )
+
+
+def _detached(trace: Trace, failure: Failure) -> Evidence:
+    raised = failure.sites[0] if failure.sites else None
+    cut = trace.graph.cut[-1] if trace.graph is not None and trace.graph.cut else None
+    why = f": {plain_op(cut.op)}{place(cut)} returned a tensor without one" if cut else ""
+    return Evidence(
+        f"The loss of the backward{place(raised)} has no graph{why}.",
+        module=failure.module,
+        sites=places((raised, cut)),
+        fix=(
+            f"Keep the graph{place(cut)}: no `detach`, `.data`, `.item()` or `no_grad` between the model and the loss."
+            if cut
+            else "Give the optimizer parameters that require grad, and run the forward pass with gradients enabled."
+        ),
+    )

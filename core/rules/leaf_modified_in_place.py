@@ -1,0 +1,50 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._stale import as_write
+from ampcheck.trace import Trace
+
+
+@rule(
+    "AMP403",
+    Severity.ERROR,
+    fix="Update parameters inside `with torch.no_grad():`; for an input, write out of place.",
+    needs=("failure",),
+)
+def leaf_modified_in_place(trace: Trace) -> Iterator[Evidence]:
+    """A leaf tensor that requires grad was written to in place.
+
+    What it does
+        Names the line that writes to a parameter, or to an input that requires grad, while autograd records.
+
+    Why is this bad?
+        A leaf is where gradients end up: it cannot at once be the result of an operation. PyTorch refuses the write.
+
+    Example
+        ```python
+        for p in model.parameters():
+            p -= lr * p.grad
+        ```
+
+    Use instead
+        ```python
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/notes/autograd.html#in-place-operations-with-autograd
+        - https://github.com/pytorch/examples/pull/779
+    """
+    failure = trace.failure
+    if failure is None or failure.kind != "leaf-modified":
+        return
+    site = as_write(failure.sites[0]) if failure.sites else None
+    line = f" by `{site.code}`" if site and site.code else ""
+    yield Evidence(
+        f"A leaf tensor that requires grad was written to in place{line}.",
+        module=failure.module,
+        sites=(site,) if site else (),
+        data={name: failure.fields[name] for name in ("op", "expression") if failure.fields.get(name) is not None},
+    )

@@ -1,0 +1,63 @@
+from collections.abc import Iterator
+
+from ampcheck.precision import LOW_PRECISION
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._facts import optimized, scaling, trainable, wants_mixed
+from ampcheck.rules._words import share, some
+from ampcheck.trace import Trace
+
+
+@rule(
+    "AMP201",
+    Severity.WARNING,
+    fix="Keep the trainable parameters in float32: drop the `.half()` or `.to(dtype)` that made them so, or call "
+    "`.float()` on them before the optimizer is created.",
+    needs=("model",),
+)
+def low_precision_parameters(trace: Trace) -> Iterator[Evidence]:
+    """Trainable parameters are float16 or bfloat16 under mixed precision.
+
+    What it does
+        Counts the trainable float16 and bfloat16 parameters where mixed precision was asked for. It is an error for
+        float16 parameters under an enabled gradient scaler. Frozen parameters are left alone.
+
+    Why is this bad?
+        Mixed precision keeps the weights in float32 and lets autocast cast them. Gradients of float16 parameters are
+        float16 too, and the scaler refuses them: `ValueError: Attempting to unscale FP16 gradients.` Without a scaler
+        training goes on, and updates smaller than the rounding of the weights are lost.
+
+    Example
+        ```python
+        model = Net().cuda().half()
+        scaler = torch.amp.GradScaler("cuda")
+        ```
+
+    Use instead
+        ```python
+        model = Net().cuda()
+        scaler = torch.amp.GradScaler("cuda")
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/amp.html#torch.autocast
+        - https://github.com/pytorch/pytorch/issues/74739
+        - https://github.com/huggingface/diffusers/issues/6442
+    """
+    assert trace.model is not None
+    if not wants_mixed(trace):
+        return
+    parameters = trainable(trace.model)
+    for dtype in sorted(LOW_PRECISION):
+        names = [parameter.name for parameter in parameters if parameter.dtype == dtype]
+        # The scaler of sharded training is the one that takes float16 gradients.
+        takes_float16 = trace.scaler is not None and trace.scaler.type == "ShardedGradScaler"
+        refused = dtype == "float16" and scaling(trace) and not takes_float16 and optimized(trace, dtype)
+        if names:
+            end = ", and the gradient scaler refuses to unscale their gradients" if refused else ""
+            yield Evidence(
+                f"{share(len(names), len(parameters), 'trainable parameter')} {dtype} under mixed precision{end}: "
+                f"{some(names)}.",
+                module=names[0].rpartition(".")[0] or None if len(names) == 1 else None,
+                data={"dtype": dtype, "parameters": names, "trainable": len(parameters)},
+                severity=Severity.ERROR if refused else None,
+            )

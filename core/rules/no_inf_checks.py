@@ -1,0 +1,106 @@
+from collections.abc import Iterator, Mapping, Sequence
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._words import count, some
+from ampcheck.trace import Trace
+
+_WHY = {
+    "frozen": "{are} frozen (`requires_grad` is false)",
+    "not-the-models": "{are} not the model's: the optimizer was made before the model was moved, wrapped or rebuilt",
+    "no-gradient": "got no gradient: the loss does not depend on {them}, or was detached",
+}
+
+
+@rule(
+    "AMP304",
+    Severity.ERROR,
+    fix="Make the optimizer of the model's own trainable parameters, after moving and wrapping it, and step only after "
+    "a backward that reached them.",
+    needs=("failure",),
+)
+def no_inf_checks(trace: Trace) -> Iterator[Evidence]:
+    """The scaler was asked to step an optimizer none of whose parameters has a gradient.
+
+    What it does
+        Sorts the optimizer's parameters by why they have no gradient: frozen, not the model's (the optimizer was made
+        from another or an earlier copy), or reached by no backward; and says whether other parameters got one.
+
+    Why is this bad?
+        The step dies, and had it not, nothing would have been trained. The message names neither the parameters nor
+        the reason.
+
+    Example
+        ```python
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model = Net()  # rebuilt: the optimizer still holds the old one's parameters
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = criterion(model(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        ```
+
+    Use instead
+        ```python
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = criterion(model(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/amp.html#gradient-scaling
+    """
+    failure = trace.failure
+    if failure is None or failure.kind != "no-inf-checks":
+        return
+    facts = failure.fields
+    without: Mapping[str, Sequence[str]] = facts.get("without_gradient", {})
+    if not without:
+        yield Evidence("No parameter of the optimizer has a gradient.", sites=failure.sites[:1])
+        return
+    elsewhere = facts["gradients_elsewhere"]
+    parts = [_part(why, names) for why, names in without.items()]
+    tail = (
+        f" {count(len(elsewhere), 'parameter')} of the model that the optimizer does not hold got gradients."
+        if elsewhere
+        else ""
+    )
+    reason = next(iter(without)) if len(without) == 1 else "several"
+    yield Evidence(
+        f"None of the {facts['optimized']} parameters that {facts['optimizer']} holds has a gradient: "
+        f"{'; '.join(parts)}.{tail}",
+        sites=failure.sites[:1],
+        data={
+            "reason": reason,
+            "optimized": facts["optimized"],
+            "without_gradient": {why: list(names) for why, names in without.items()},
+            "gradients_elsewhere": len(elsewhere),
+        },
+        fix=_fix(reason, bool(elsewhere)),
+    )
+
+
+def _part(why: str, names: Sequence[str]) -> str:
+    one = len(names) == 1
+    words = _WHY[why].format(are="is" if one else "are", them="it" if one else "them")
+    return f"{some(names) if '[' not in names[0] else len(names)} {words}"
+
+
+def _fix(reason: str, elsewhere: bool) -> str | None:
+    if reason == "not-the-models":
+        return "Make the optimizer of `model.parameters()` after the model was moved, wrapped or rebuilt."
+    if reason == "frozen":
+        return (
+            "Set `requires_grad_(True)` on what is to be trained, or hand the optimizer the parameters that require "
+            "gradients."
+        )
+    if reason == "no-gradient" and not elsewhere:
+        return (
+            "Skip backward and `scaler.step` for a batch whose loss depends on no parameter, or find where it is "
+            "detached."
+        )
+    if reason == "no-gradient":
+        return "Hand the optimizer the parameters that the loss depends on, or make the loss depend on these."
+    return None

@@ -1,0 +1,57 @@
+from collections.abc import Iterator
+
+from ampcheck.precision import LOW_PRECISION
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._crash import data_of, in_words, sites_of, told_by
+from ampcheck.trace import Trace
+
+
+@rule(
+    "AMP206",
+    Severity.INFO,
+    fix="Cast the operands to float32 before the call, `op(x.float())`, or register a rule for the op.",
+    needs=("failure",),
+)
+def op_unknown_to_autocast(trace: Trace) -> Iterator[Evidence]:
+    """A custom or extension op that autocast has no rule for died of the dtypes it was given.
+
+    What it does
+        Asks PyTorch's dispatcher whether the custom op that failed has an autocast kernel for the device of its
+        operands. A function of a compiled extension that is no dispatcher op cannot have one.
+
+    Why is this bad?
+        Autocast passes such an op what the layers before it returned: low precision beside float32. Most extension
+        kernels take one dtype, and many only float32.
+
+    Example
+        ```python
+        with torch.autocast("cuda"):
+            y = torch.ops.mylib.pool(self.conv(x), rois)
+        ```
+
+    Use instead
+        ```python
+        with torch.autocast("cuda"):
+            y = torch.ops.mylib.pool(self.conv(x).float(), rois)
+        ```
+
+    References
+        - https://pytorch.org/tutorials/advanced/dispatcher.html#autocast
+    """
+    failure = trace.failure
+    if failure is None or failure.kind not in ("dtype-mismatch", "op-not-implemented"):
+        return
+    fields = failure.fields
+    if not fields.get("custom") or fields.get("autocast_rule") is not False:
+        return
+    own = [operand for operand in fields["operands"] if "library" not in operand]
+    low = [operand["name"] for operand in own if operand["dtype"] in LOW_PRECISION]
+    casts = ", ".join(f"`{name}.float()`" for name in low)
+    yield Evidence(
+        f"`{fields['op']}` has no autocast rule, so its operands came as they were: {in_words(fields['operands'])}.",
+        module=failure.module,
+        sites=sites_of(failure),
+        data={**data_of(failure), "reason": "op-unknown-to-autocast", **told_by(failure)},
+        severity=Severity.ERROR,
+        fix=f"Cast before the call: {casts}." if casts else None,
+    )

@@ -1,0 +1,61 @@
+from collections.abc import Iterator
+
+from ampcheck.precision import LOW_PRECISION
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._facts import trainable
+from ampcheck.rules._words import count, some
+from ampcheck.trace import Trace
+
+
+@rule(
+    "AMP309",
+    Severity.ERROR,
+    fix="Create the optimizer from `model.parameters()` after the model is built, loaded, moved and cast.",
+    needs=("model",),
+)
+def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
+    """The optimizer's parameters are not the model's.
+
+    What it does
+        Compares, by identity, the parameters that the optimizers hold with those of the model, and speaks only where
+        none of the model's is held by any. Optimizers that keep float32 copies of low-precision weights are left
+        alone.
+
+    Why is this bad?
+        The model never changes. Without a scaler nothing is raised; with one the first step ends in `No inf checks
+        were recorded for this optimizer.`
+
+    Example
+        ```python
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model = copy.deepcopy(model).cuda()
+        ```
+
+    Use instead
+        ```python
+        model = copy.deepcopy(model).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ```
+
+    References
+        - https://docs.pytorch.org/docs/stable/optim.html#constructing-it
+        - https://github.com/huggingface/accelerate/issues/328
+        - https://github.com/pytorch/pytorch/issues/14467
+    """
+    assert trace.model is not None
+    optimizers = [optimizer for optimizer in trace.optimizers if optimizer.parameters]
+    parameters = trainable(trace.model)
+    if not optimizers or not parameters or any(optimizer.of_model for optimizer in optimizers):
+        return
+    master_copies = all(set(optimizer.dtypes) == {"float32"} for optimizer in optimizers)
+    if master_copies and all(parameter.dtype in LOW_PRECISION for parameter in parameters):
+        return
+    held = (f"{optimizer.type} with {count(optimizer.parameters, 'parameter')}" for optimizer in optimizers)
+    yield Evidence(
+        f"None of the {count(len(parameters), 'trainable parameter of the model')} is held by an optimizer: there is "
+        f"{some(held)}, none of them the model's.",
+        data={
+            "trainable": len(parameters),
+            "optimizers": {optimizer.type: optimizer.parameters for optimizer in optimizers},
+        },
+    )

@@ -1,0 +1,68 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._stale import cause, data_of, found_by_pytorch, passed_by_pytorch, sites_of
+from ampcheck.rules._words import place, some
+from ampcheck.trace import StaleTensor, Trace
+
+
+@rule(
+    "AMP405",
+    Severity.ERROR,
+    fix="Run every backward pass before the optimizer step, or run the forward pass again after it.",
+    needs=("graph",),
+)
+def parameters_updated_before_backward(trace: Trace) -> Iterator[Evidence]:
+    """An optimizer stepped between a forward pass and its backward.
+
+    What it does
+        Names the step that changed parameters, and the operation that had saved them for a backward still to come.
+
+    Why is this bad?
+        The backward pass would use the new parameters with the old activations. PyTorch stops it; optimizers that
+        write through `.data` make it silently wrong.
+
+    Example
+        ```python
+        fake = discriminator(generator(noise))
+        loss_d.backward()
+        optimizer_d.step()
+        loss_g(fake).backward()
+        ```
+
+    Use instead
+        ```python
+        loss_d.backward()
+        optimizer_d.step()
+        fake = discriminator(generator(noise))
+        loss_g(fake).backward()
+        ```
+
+    References
+        - https://github.com/pytorch/pytorch/issues/39141
+    """
+    crashed = found_by_pytorch(trace)
+    if crashed and cause(crashed[0]) == "optimizer":
+        yield _evidence(crashed, silent=False)
+    silent = tuple(stale for stale in passed_by_pytorch(trace) if cause(stale) == "optimizer")
+    if silent:
+        yield _evidence(silent, silent=True)
+
+
+def _evidence(stale: tuple[StaleTensor, ...], *, silent: bool) -> Evidence:
+    first, *others = stale
+    write = next(write for write in first.writes if write.by == "optimizer")
+    names = list(dict.fromkeys(one.name for one in stale if one.name and cause(one) == "optimizer"))
+    changed = some(names) if names else "parameters"
+    passed = " The step writes past the version counter, so PyTorch says nothing." if silent else ""
+    return Evidence(
+        f"The optimizer step{place(write.site)} changed {changed} between the forward pass that saved "
+        f"{'it' if len(names) == 1 else 'them'}{place(first.save)} and its backward.{passed}",
+        module=first.save.module if first.save else None,
+        sites=sites_of(first),
+        data={**data_of(first, others), "parameters": names},
+        fix=(
+            f"Run the backward pass before the step{place(write.site)}, or run the forward pass{place(first.save)} "
+            "again after it."
+        ),
+    )

@@ -1,0 +1,56 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._facts import in_force
+from ampcheck.trace import Trace
+
+
+@rule(
+    "AMP107",
+    Severity.WARNING,
+    fix="Use float16 with a gradient scaler on a GPU that has no native bfloat16, or train in float32.",
+    needs=("model",),
+)
+def precision_unsupported(trace: Trace) -> Iterator[Evidence]:
+    """The dtype is not supported, or emulated, on this device.
+
+    What it does
+        Asks PyTorch whether the device computes natively in the autocast dtype that was seen in force or, before any
+        step has been watched, in the dtype that was declared.
+
+    Why is this bad?
+        An emulated dtype gives the rounding of low precision without its speed: each operation is converted to
+        float32 and back, and optimized kernels are missing. `torch.cuda.is_bf16_supported()` counts emulation as
+        support.
+
+    Example
+        ```python
+        # a GPU older than Ampere
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = criterion(model(images), labels)
+        ```
+
+    Use instead
+        ```python
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.autocast("cuda", dtype=torch.bfloat16 if native else torch.float16):
+            loss = criterion(model(images), labels)
+        ```
+
+    References
+        - https://github.com/pytorch/pytorch/pull/148322
+        - https://github.com/pytorch/pytorch/issues/124996
+    """
+    assert trace.model is not None
+    precision, device_type = trace.precision, trace.model.device_type
+    if trace.training is None or precision.mode == "true":
+        dtypes = [precision.effective_dtype or precision.dtype]
+    else:
+        dtypes = list(in_force(trace.training))
+    for dtype in dtypes:
+        if dtype and trace.environment.native.get((device_type, dtype)) is False:
+            yield Evidence(
+                f"The training runs in {dtype}, which this {device_type} device does not compute natively: it is "
+                "emulated or not supported.",
+                data={"device_type": device_type, "dtype": dtype},
+            )

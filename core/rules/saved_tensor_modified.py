@@ -1,0 +1,89 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._stale import (
+    cause,
+    crash,
+    data_of,
+    found_by_pytorch,
+    module_of,
+    others_in_words,
+    sentence,
+    sites_of,
+    ways_out,
+    what,
+)
+from ampcheck.trace import Failure, Trace
+
+
+@rule(
+    "AMP401",
+    Severity.ERROR,
+    fix="Make the write out of place, or write to a copy: `x = x.clone()` before it.",
+    needs=("failure",),
+)
+def saved_tensor_modified(trace: Trace) -> Iterator[Evidence]:
+    """A tensor that autograd had saved for backward was modified in place before backward used it.
+
+    What it does
+        Takes the line that wrote from the log of writes of the failing step, the line and the node that saved from
+        the graph on which backward failed, and lists all other saved tensors that are stale too.
+
+    Why is this bad?
+        The gradient needs the value that is gone, so the step dies in backward. PyTorch names the operation whose
+        gradient failed; the write is somewhere else, often in another module or in another file.
+
+    Example
+        ```python
+        x = F.relu(self.norm(x))
+        x = F.dropout(x, self.p, inplace=True, training=self.training)
+        ```
+
+    Use instead
+        ```python
+        x = F.relu(self.norm(x))
+        x = F.dropout(x, self.p, training=self.training)
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
+        - https://github.com/huggingface/pytorch-image-models/issues/2355
+    """
+    failure = crash(trace)
+    if failure is None:
+        return
+    stale = found_by_pytorch(trace)
+    if not stale:
+        yield _from_frames(trace, failure)
+        return
+    first, *others = stale
+    if cause(first) != "write":
+        return
+    if first.writes:
+        message = f"{what(first)} was modified in place before backward could use it."
+    else:
+        message = f"{what(first)} was modified before backward could use it, by a write that was not seen."
+    write = first.writes[0] if first.writes else None
+    yield Evidence(
+        sentence(message) + others_in_words(others),
+        module=module_of(first),
+        sites=sites_of(first) or failure.sites[:1],
+        data={**data_of(first, others), **({"op": write.op} if write else {})},
+        fix=ways_out(write, first),
+    )
+
+
+def _from_frames(trace: Trace, failure: Failure) -> Evidence:
+    """What the exception alone tells."""
+    fields = failure.fields
+    node = fields.get("node")
+    tensor = f"The output of {node}" if node else "A saved tensor"
+    replay = trace.graph.replay if trace.graph is not None and trace.graph.replay else trace.unobserved.get("graph")
+    data = {"node": node, "dtype": fields.get("dtype"), "shape": fields.get("shape")}
+    return Evidence(
+        f"{tensor} was modified in place before backward could use it. Which line wrote was not seen"
+        f"{f': {replay}' if replay else ''}.",
+        module=failure.module,
+        sites=failure.sites[:1],
+        data={name: value for name, value in data.items() if value is not None},
+    )

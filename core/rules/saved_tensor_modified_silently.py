@@ -1,0 +1,79 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._stale import cause, data_of, module_of, passed_by_pytorch, sentence, sites_of, ways_out, what
+from ampcheck.rules._words import place
+from ampcheck.trace import StaleTensor, Trace
+
+_HOW = {
+    "untracked": "through `.data` or another alias that does not share its version, so that PyTorch does not notice",
+    "hooks": "and saved-tensor hooks keep PyTorch from noticing",
+    "outside": "from outside PyTorch (a NumPy array that shares its memory, say), which PyTorch cannot see",
+}
+
+
+@rule(
+    "AMP402",
+    Severity.ERROR,
+    fix="Write out of place, or, where the write is meant, before the value is used in the forward pass.",
+    needs=("graph",),
+)
+def saved_tensor_modified_silently(trace: Trace) -> Iterator[Evidence]:
+    """A saved tensor was overwritten past PyTorch's check, and backward used the wrong value.
+
+    What it does
+        Compares what backward reads with what was written since autograd saved it: through `.data`, a detached alias
+        with its own version counter, a NumPy array, saved-tensor hooks, or a custom function without `mark_dirty`.
+
+    Why is this bad?
+        Nothing is raised. The gradients are those of another function than the one that was computed, and training
+        goes on with them.
+
+    Example
+        ```python
+        attention = scores.softmax(-1)
+        attention.data[mask] = 0
+        ```
+
+    Use instead
+        ```python
+        attention = scores.softmax(-1).masked_fill(mask, 0)
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
+        - https://pytorch.org/docs/stable/autograd.html#torch.autograd.function.FunctionCtx.mark_dirty
+    """
+    told: dict[object, tuple[StaleTensor, list[StaleTensor]]] = {}
+    for stale in passed_by_pytorch(trace):
+        if cause(stale) == "write":
+            key = (sites_of(stale), stale.silent)
+            if key in told:
+                told[key][1].append(stale)
+            else:
+                told[key] = stale, []
+    for first, others in told.values():
+        yield Evidence(
+            sentence(_message(first)),
+            module=module_of(first),
+            sites=sites_of(first),
+            data={**data_of(first, others), "how": first.silent},
+            fix=_fix(first),
+        )
+
+
+def _message(stale: StaleTensor) -> str:
+    if stale.silent == "unmarked":
+        return (
+            f"{stale.node} overwrote its input without `ctx.mark_dirty`, and the input was used again"
+            f"{place(stale.save)}: its gradient leaves the write out."
+        )
+    return f"{what(stale)} was overwritten before backward used it, {_HOW[stale.silent or 'untracked']}."
+
+
+def _fix(stale: StaleTensor) -> str | None:
+    if stale.silent == "unmarked":
+        return "Call `ctx.mark_dirty(x)` in forward for each input it writes to and return it, or write to a copy."
+    if stale.silent == "outside":
+        return "Give NumPy a copy: `x.detach().cpu().numpy().copy()`."
+    return ways_out(stale.writes[0], stale) if stale.writes else None

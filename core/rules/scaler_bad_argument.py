@@ -1,0 +1,55 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.trace import Trace
+
+
+@rule(
+    "AMP312",
+    Severity.ERROR,
+    fix='Make the scaler with `torch.amp.GradScaler("cuda")`: its first argument is the device.',
+    needs=("failure",),
+)
+def scaler_bad_argument(trace: Trace) -> Iterator[Evidence]:
+    """A `GradScaler` was made with an argument it does not take, or with a device where its scale belongs.
+
+    What it does
+        Reads from the scaler what it was made with when its first use fails: the first argument of
+        `torch.amp.GradScaler` is a device, that of the older `torch.cuda.amp.GradScaler` the initial scale.
+
+    Why is this bad?
+        The call that is wrong succeeds; the crash comes at the first `scale()`, with a message about `full()`.
+
+    Example
+        ```python
+        scaler = torch.cuda.amp.GradScaler("cuda")
+        ```
+
+    Use instead
+        ```python
+        scaler = torch.amp.GradScaler("cuda")
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/amp.html#torch.amp.GradScaler
+    """
+    failure = trace.failure
+    if failure is None or failure.kind != "scaler-bad-argument":
+        return
+    facts = failure.fields
+    if "unexpected" in facts:
+        yield Evidence(
+            f"`GradScaler` does not take `{facts['unexpected']}`.",
+            sites=failure.sites[:1],
+            data={"argument": facts["unexpected"]},
+            fix='Write `torch.amp.GradScaler("cuda")`: the device is its first argument, called `device`.',
+        )
+        return
+    value, scaler = facts.get("value", "that is no number"), facts.get("scaler", "GradScaler")
+    device = value if value in ("'cuda'", "'cpu'") else "'cuda'"
+    yield Evidence(
+        f"`{scaler}` was made with the initial scale {value}, which is no number.",
+        sites=failure.sites[:1],
+        data={"argument": "init_scale", "value": value},
+        fix=f"Make it with `torch.amp.GradScaler({device})`, or pass the scale by name: `init_scale=65536.0`.",
+    )

@@ -1,0 +1,93 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._words import place, places
+from ampcheck.trace import ScalerCall, Trace
+
+_WORDS = {
+    "unscaled-twice": (
+        "`unscale_()` ran twice for {optimizer} with no `update()` in between",
+        "Call `scaler.unscale_(optimizer)` once per step, and `scaler.update()` in every iteration that unscaled, also "
+        "where the optimizer's step is left out.",
+    ),
+    "unscaled-late": (
+        "`unscale_()` ran for {optimizer} after `step()`",
+        "Call `scaler.unscale_(optimizer)` before `scaler.step(optimizer)`.",
+    ),
+    "stepped-twice": (
+        "`step()` ran twice for {optimizer} with no `update()` in between",
+        "Call `scaler.update()` once after the steps of every iteration.",
+    ),
+    "never-scaled": (
+        "the scaler was asked to work for {optimizer} before it had scaled any loss",
+        "Backpropagate the scaled loss: `scaler.scale(loss).backward()`.",
+    ),
+    "early-update": (
+        "`update()` ran before any optimizer was stepped or unscaled",
+        "Call `scaler.step(optimizer)` before `scaler.update()`.",
+    ),
+}
+
+
+@rule(
+    "AMP306",
+    Severity.ERROR,
+    fix="Per iteration: `scaler.scale(loss).backward()`, `scaler.unscale_(optimizer)` at most once, "
+    "`scaler.step(optimizer)`, `scaler.update()`.",
+    needs=("failure",),
+)
+def scaler_out_of_order(trace: Trace) -> Iterator[Evidence]:
+    """The gradient scaler's methods were called in an order it refuses.
+
+    What it does
+        Says which call came twice, too late or too early, for which optimizer, and where the earlier one was, if the
+        step was watched.
+
+    Why is this bad?
+        The scaler keeps a state per optimizer and iteration: scaled, unscaled, stepped; `update()` ends the
+        iteration. Unscaling twice would divide the gradients twice, stepping twice would use stale checks.
+
+    Example
+        ```python
+        scaler.unscale_(optimizer)
+        if clip_grad_norm_(model.parameters(), 1.0).isnan():
+            continue  # no update(): the next unscale_() raises
+        ```
+
+    Use instead
+        ```python
+        scaler.unscale_(optimizer)
+        if not clip_grad_norm_(model.parameters(), 1.0).isnan():
+            scaler.step(optimizer)
+        scaler.update()
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/amp.html#gradient-scaling
+    """
+    failure = trace.failure
+    if failure is None or failure.kind != "scaler-out-of-order":
+        return
+    reason = failure.fields["reason"]
+    words, fix = _WORDS[reason]
+    message = words.format(optimizer=failure.fields.get("optimizer", "the optimizer"))
+    first = _first(trace, reason)
+    yield Evidence(
+        f"{message[:1].upper() + message[1:]}{_after(first)}.",
+        sites=places([*failure.sites[:1], first.site if first else None]),
+        data={"reason": reason},
+        fix=fix,
+    )
+
+
+def _first(trace: Trace, reason: str) -> ScalerCall | None:
+    """The earlier of the two calls that must not follow each other, where the step that died was watched."""
+    op = {"unscaled-twice": "unscale", "unscaled-late": "step", "stepped-twice": "step"}.get(reason)
+    calls = trace.training.scaling if trace.training is not None else ()
+    if calls and calls[-1].op == "update":
+        return None
+    return next((call for call in reversed(calls) if call.op == op), None)
+
+
+def _after(first: ScalerCall | None) -> str:
+    return f"; the earlier call is{place(first.site)}" if first is not None and first.site is not None else ""

@@ -1,0 +1,70 @@
+from collections.abc import Iterator
+
+from ampcheck.precision import LOW_PRECISION, Precision
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._words import place, places, some
+from ampcheck.trace import OpCall, Trace
+
+
+@rule(
+    "AMP208",
+    Severity.WARNING,
+    fix="Cast the parameter or buffer where it is used: `x + self.position.to(x.dtype)`.",
+    needs=("training", "uncompiled"),
+)
+def silent_promotion(trace: Trace) -> Iterator[Evidence]:
+    """A float32 parameter or buffer turns low-precision activations back into float32.
+
+    What it does
+        Looks, in the watched training step, for type promotion: an addition, product, concatenation or the like of a
+        low-precision tensor and a float32 parameter or buffer of the model, of which float32 came out. Only where
+        autocast is on, or where the whole model is meant to be of low precision. It is information under autocast,
+        which casts for the next layer again: position embeddings and layer scales of sound models do it.
+
+    Why is this bad?
+        The activations that follow take twice the memory, and the operations autocast does not cast run in float32.
+        Without autocast the next layer with low-precision weights raises an error of dtypes that differ.
+
+    Example
+        ```python
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        ```
+
+    Use instead
+        ```python
+        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/tensor_attributes.html#type-promotion-doc
+        - https://pytorch.org/docs/stable/amp.html#autocast-op-reference
+    """
+    assert trace.training is not None
+    promoted: dict[str, OpCall] = {}
+    for call in trace.training.ops:
+        for name in _promoters(call, trace.precision):
+            promoted.setdefault(name, call)
+    if promoted:
+        calls = list(dict.fromkeys(promoted.values()))
+        yield Evidence(
+            f"{some(_spelled(name, call) for name, call in promoted.items())} turned low-precision activations back "
+            "into float32.",
+            module=calls[0].module if len(calls) == 1 else None,
+            sites=places(call.site for call in calls),
+            severity=Severity.INFO if all(call.autocast.enabled for call in calls) else None,
+            data={"tensors": {name: {"op": call.op, "module": call.module} for name, call in promoted.items()}},
+        )
+
+
+def _promoters(call: OpCall, precision: Precision) -> list[str]:
+    """The float32 parameters and buffers that made float32 of a low-precision operand."""
+    low_throughout = precision.mode == "true" and precision.dtype in LOW_PRECISION
+    if not (call.autocast.enabled or low_throughout) or "float32" not in call.outputs:
+        return []
+    if not any(operand.dtype in LOW_PRECISION and operand.shape for operand in call.operands):
+        return []
+    return [o.name for o in call.operands if o.name is not None and o.dtype == "float32" and o.shape]
+
+
+def _spelled(name: str, call: OpCall) -> str:
+    return f"{name} (in {call.op}{place(call.site)})"

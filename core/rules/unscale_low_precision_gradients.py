@@ -1,0 +1,96 @@
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._words import count, some
+from ampcheck.trace import ModelInfo, Trace
+
+
+@rule(
+    "AMP303",
+    Severity.ERROR,
+    fix="Keep the trainable parameters float32 (`model.float()`, no `.half()`) and let autocast cast; or train in true "
+    "float16 or bfloat16 without a `GradScaler`.",
+    needs=("failure",),
+)
+def unscale_low_precision_gradients(trace: Trace) -> Iterator[Evidence]:
+    """The gradient scaler met float16 gradients, which it refuses to unscale.
+
+    What it does
+        Counts and names every parameter of the optimizer with a float16 gradient, and says of each whether it was
+        float16 when the fit began or became so later (a validation or a resume that calls `.half()`).
+
+    Why is this bad?
+        The gradient of a float16 parameter is float16, and dividing it by the loss scale loses what scaling was to
+        save; the scaler raises at its first unscale. Mixed precision needs float32 parameters.
+
+    Example
+        ```python
+        model = Net().half()
+        scaler = torch.amp.GradScaler("cpu")
+        ```
+
+    Use instead
+        ```python
+        model = Net()
+        scaler = torch.amp.GradScaler("cpu")
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = criterion(model(images), labels)
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/notes/amp_examples.html
+    """
+    failure = trace.failure
+    if failure is None or failure.kind != "unscale-low-precision-gradients":
+        return
+    facts = failure.fields
+    if not facts.get("count"):
+        yield Evidence("The scaler met float16 gradients.", sites=failure.sites[:1])
+        return
+    names = facts["names"]
+    yield Evidence(
+        f"{count(facts['count'], 'parameter')} of the {facts['optimized']} that {facts['optimizer']} holds "
+        f"{'has a' if facts['count'] == 1 else 'have'} float16 gradient{'' if facts['count'] == 1 else 's'}: "
+        f"{some(names)}.{_since_when(trace.model, facts)}",
+        module=_common(names),
+        sites=failure.sites[:1],
+        data={"count": facts["count"], "optimized": facts["optimized"], "parameters": names},
+        fix=_fix(trace.model, facts),
+    )
+
+
+def _changed(model: ModelInfo | None, facts: Mapping[str, Any]) -> list[str] | None:
+    """The parameters that were float32 at fit start, or ``None`` where that is not known."""
+    if model is None:
+        return None
+    dtypes = {tensor.name: tensor.dtype for tensor in model.parameters}
+    known = [name for name in facts["names"] if name in dtypes]
+    return [name for name in known if dtypes[name] == "float32"] if known else None
+
+
+def _since_when(model: ModelInfo | None, facts: Mapping[str, Any]) -> str:
+    changed = _changed(model, facts)
+    if changed is None:
+        return ""
+    if not changed:
+        return " They were float16 when the fit began."
+    which = "They were"
+    if len(changed) < len(facts["names"]):
+        which = f"{some(changed)} {'was' if len(changed) == 1 else 'were'}"
+    return f" {which} float32 when the fit began: something cast the model during the fit."
+
+
+def _fix(model: ModelInfo | None, facts: Mapping[str, Any]) -> str | None:
+    if _changed(model, facts):
+        return (
+            "Find the `.half()` that runs during the fit (in validation, an averaged copy, a resume) and give it "
+            "a copy of the model, or call `model.float()` before training goes on."
+        )
+    return None
+
+
+def _common(names: list[str]) -> str | None:
+    """The module that holds all of them, where there is one."""
+    owners = {name.rpartition(".")[0] for name in names}
+    return owners.pop() if len(owners) == 1 and "[" not in names[0] else None

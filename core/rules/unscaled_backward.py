@@ -1,0 +1,56 @@
+from collections.abc import Iterator
+
+from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules._words import place, places
+from ampcheck.trace import Trace
+
+
+@rule(
+    "AMP311",
+    Severity.WARNING,
+    fix="Backpropagate the scaled loss: `scaler.scale(loss).backward()`.",
+    needs=("training",),
+)
+def unscaled_backward(trace: Trace) -> Iterator[Evidence]:
+    """Backward ran on a loss that was not scaled, for parameters that the scaler steps.
+
+    What it does
+        Follows the watched step: a backward whose loss never went through `scaler.scale`, into parameters of an
+        optimizer that the scaler unscales or steps later in the step.
+
+    Why is this bad?
+        The scaler divides these gradients by the loss scale all the same: this loss counts for a 65536th of what it
+        should. Where it is the only loss, training stands still.
+
+    Example
+        ```python
+        loss.backward()
+        scaler.step(optimizer)
+        ```
+
+    Use instead
+        ```python
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        ```
+
+    References
+        - https://pytorch.org/docs/stable/amp.html#gradient-scaling
+    """
+    assert trace.training is not None
+    calls = trace.training.scaling
+    seen = set()
+    for index, call in enumerate(calls):
+        if call.op != "backward" or call.scaled is not False or call.site in seen:
+            continue
+        divided = {one for later in calls[index:] if later.op in ("step", "unscale") for one in later.optimizers}
+        if not divided.intersection(call.optimizers):
+            continue
+        seen.add(call.site)
+        step = next(c for c in calls[index:] if c.op in ("step", "unscale") and divided.intersection(c.optimizers))
+        yield Evidence(
+            f"The loss backpropagated{place(call.site)} was not scaled, and the scaler divides its gradients by the "
+            f"loss scale{place(step.site)}.",
+            sites=places([call.site, step.site]),
+            data={"reason": "never-scaled"},
+        )

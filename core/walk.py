@@ -1,0 +1,156 @@
+"""The fit-start walk: what a model, its optimizers and its scaler are made of. No forward pass, no device access."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ampcheck.trace import Environment, ModelInfo, ModuleInfo, OptimizerInfo, ScalerInfo, TensorInfo
+
+_LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """PyTorch's name of a dtype without the ``torch.`` prefix."""
+    return str(dtype).removeprefix("torch.")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's module inside data-parallel and compile wrappers."""
+    wrapped: object = model
+    while isinstance(wrapped, nn.Module):
+        model = wrapped
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        wrapped = model.module if parallel else getattr(model, "_orig_mod", None)
+    return model
+
+
+def compiled_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` whose calls enter compiled code."""
+    return [module for module in model.modules() if _runs_compiled(module)]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any module of the model, or a method set on the model itself, runs through ``torch.compile``."""
+    return any(map(_is_compiled_function, vars(model).values())) or any(map(_runs_compiled, model.modules()))
+
+
+def anything_compiled() -> bool:
+    """Whether ``torch.compile`` was used at all in this process."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and any(getattr(dynamo, "cached_backends", {}).values())
+
+
+def _runs_compiled(module: nn.Module) -> bool:
+    return (
+        "_orig_mod" in module._modules
+        or module._compiled_call_impl is not None
+        or _is_compiled_function(module.__dict__.get("forward"))
+        or _is_compiled_function(inspect.getattr_static(type(module), "forward", None))
+    )
+
+
+def _is_compiled_function(value: object) -> bool:
+    return getattr(value, "_torchdynamo_orig_callable", None) is not None
+
+
+def module_names(model: nn.Module) -> dict[int, str]:
+    """Qualified names by identity; compile wrappers inside the model add no ``_orig_mod`` to them."""
+    return {id(module): name.replace("_orig_mod.", "") for name, module in model.named_modules()}
+
+
+def tensor_names(model: nn.Module) -> dict[int, str]:
+    """Qualified names of parameters and buffers by identity."""
+    names = {id(tensor): name for name, tensor in model.named_buffers()}
+    names.update((id(tensor), name) for name, tensor in model.named_parameters())
+    return names
+
+
+def walk(model: nn.Module) -> ModelInfo:
+    """One pass over the modules of ``model`` with the parameters and buffers each owns."""
+    modules: list[ModuleInfo] = []
+    tensors: list[TensorInfo] = []
+    seen: set[int] = set()
+    elements: dict[str, int] = {}
+    for name, module in model.named_modules():
+        name = name.replace("_orig_mod.", "")
+        prefix = f"{name}." if name else ""
+        parameters: dict[str, int] = {}
+        buffers: dict[str, int] = {}
+        for owned, counts in ((module._parameters, parameters), (module._buffers, buffers)):
+            for key, tensor in owned.items():
+                if tensor is None:
+                    continue
+                dtype = dtype_name(tensor.dtype)
+                counts[dtype] = counts.get(dtype, 0) + 1
+                if id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                lazy = type(tensor) in _LAZY
+                device_type = tensor.device.type
+                shape = () if lazy else tuple(tensor.shape)
+                buffer = counts is buffers
+                # Buffers decide where the model lies only where it has no parameters.
+                elements[device_type] = elements.get(device_type, 0) + (1 if buffer or lazy else 1000 * tensor.numel())
+                tensors.append(TensorInfo(prefix + key, dtype, shape, device_type, tensor.requires_grad, buffer))
+        modules.append(ModuleInfo(name, type(module).__name__, parameters, buffers))
+    device_type = max(elements, key=elements.__getitem__) if elements else "cpu"
+    return ModelInfo(type(model).__name__, device_type, tuple(modules), tuple(tensors), is_compiled(model))
+
+
+def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerInfo:
+    """How far the optimizer's parameters are the model's."""
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return OptimizerInfo(
+        type(optimizer).__name__,
+        len(held),
+        sum(id(parameter) in own for parameter in held),
+        dict(Counter(dtype_name(parameter.dtype) for parameter in held)),
+    )
+
+
+def examine_scaler(scaler: torch.amp.GradScaler) -> ScalerInfo:
+    kind = type(scaler)
+    old = kind.__module__.startswith(("torch.cuda.amp", "torch.cpu.amp"))
+    deprecated = f"{kind.__module__.removesuffix('.grad_scaler')}.{kind.__name__}" if old else None
+    return ScalerInfo(kind.__name__, scaler.is_enabled(), str(getattr(scaler, "_device", "cuda")), deprecated)
+
+
+@functools.cache
+def environment() -> Environment:
+    """The torch in use and what its devices compute natively."""
+    return Environment(torch.__version__, dict(_native_dtypes()), _has_autocast_cache_fault())
+
+
+def _native_dtypes() -> Iterable[tuple[tuple[str, str], bool]]:
+    mkldnn = torch.ops.mkldnn
+    for dtype, probe in (("bfloat16", "_is_mkldnn_bf16_supported"), ("float16", "_is_mkldnn_fp16_supported")):
+        if torch.backends.mkldnn.is_available() and hasattr(mkldnn, probe):
+            yield ("cpu", dtype), bool(getattr(mkldnn, probe)())
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        yield ("cuda", "float16"), torch.version.hip is not None or (major, minor) >= (5, 3)
+        yield ("cuda", "bfloat16"), torch.version.hip is not None or major >= 8
+
+
+def _has_autocast_cache_fault() -> bool:
+    # Whatever modes the caller is in are his, and must neither change the answer nor see the question.
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
+        return _loses_cached_gradients()
+
+
+def _loses_cached_gradients() -> bool:
+    x, weight = torch.ones(1, 1, device="cpu"), torch.ones(1, 1, device="cpu", requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            nn.functional.linear(x, weight)
+        return not nn.functional.linear(x, weight).requires_grad

@@ -1,0 +1,257 @@
+"""The package: what is built, what importing it does, and which part knows which."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ampcheck
+import ampcheck.integrations
+
+ROOT = Path(__file__).parents[2]
+CORE, INTEGRATIONS = ROOT / "core", ROOT / "integrations"
+FRAMEWORKS = ("lightning", "pytorch_lightning", "mmengine", "ultralytics", "timm")
+SOURCES = sorted(CORE.rglob("*.py"))
+ADAPTERS = sorted(path for path in INTEGRATIONS.glob("*.py") if path.name != "__init__.py")
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def packages_on_disk():
+    """The packages that hold Python files, by the names they are imported by."""
+    core = {".".join(("ampcheck", *path.parent.relative_to(CORE).parts)) for path in SOURCES}
+    return core | {"ampcheck.integrations"}
+
+
+def shipped():
+    """The files that a wheel must hold."""
+    files = {f"ampcheck/{path.relative_to(CORE).as_posix()}" for path in SOURCES}
+    files |= {f"ampcheck/integrations/{path.name}" for path in INTEGRATIONS.glob("*.py")}
+    return files | {"ampcheck/py.typed"}
+
+
+def test_the_list_of_packages_is_the_disks():
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk()
+
+
+def test_every_package_is_one():
+    for path in {path.parent for path in SOURCES} | {INTEGRATIONS}:
+        assert (path / "__init__.py").is_file(), path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist, and the wheel that is built from it."""
+    if importlib.util.find_spec("build") is None:
+        pytest.skip("`build` is not installed")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    if has_backend():
+        command.insert(3, "--no-isolation")
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return folder
+
+
+def has_backend():
+    """Whether setuptools is here in a version that `build-system.requires` takes."""
+    if importlib.util.find_spec("setuptools") is None:
+        return False
+    import setuptools
+
+    return int(setuptools.__version__.partition(".")[0]) >= 77
+
+
+@pytest.mark.slow
+def test_wheel(built):
+    (wheel,) = built.glob("*.whl")
+    assert wheel.name == f"ampcheck-{ampcheck.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert names == shipped()
+        info = f"ampcheck-{ampcheck.__version__}.dist-info"
+        metadata = archive.read(f"{info}/METADATA").decode()
+        assert "ampcheck = ampcheck.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+        assert f"{info}/licenses/LICENSE" in archive.namelist()
+    assert "License-Expression: Apache-2.0" in metadata
+    for extra in ("lightning", "mmengine", "ultralytics", "timm", "all", "test", "dev"):
+        assert f"Provides-Extra: {extra}" in metadata
+
+
+@pytest.mark.slow
+def test_sdist(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {path.relative_to(ROOT).as_posix() for path in (*SOURCES, *INTEGRATIONS.glob("*.py"))}
+    assert expected | {"core/py.typed", "pyproject.toml", "README.md", "LICENSE"} <= names
+
+
+def test_version_is_stated_once():
+    assert PROJECT["project"]["version"] == ampcheck.__version__
+
+
+# Importing.
+
+PROBE = """
+import sys
+{before}
+import torch
+import torch.nn.modules.module as modules, torch.optim.optimizer as optimizers
+def state():
+    tables = [dict(v) for m in (modules, optimizers) for n, v in vars(m).items()
+              if n.startswith("_global") and hasattr(v, "keys")]
+    owners = torch.nn.Module, torch.autocast, torch.Tensor, torch.optim.Optimizer, torch.amp.GradScaler
+    classes = [dict(vars(c)) for c in owners]
+    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    return tables, classes, modes, sys.excepthook, sys.gettrace(), sys.getprofile(), list(sys.meta_path)
+before = state()
+import ampcheck
+assert state() == before, "importing changed something"
+print(*sorted({{name.partition(".")[0] for name in sys.modules}} & {frameworks!r}))
+"""
+
+
+def imported_with(before=""):
+    program = PROBE.format(before=before, frameworks=set(FRAMEWORKS))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_importing_imports_no_framework_and_does_nothing():
+    assert imported_with() == []
+
+
+def test_that_the_check_above_can_fail():
+    """A framework that is imported is seen, here by modules of its name."""
+    before = "import types; sys.modules['timm'] = sys.modules['mmengine.hooks'] = types.ModuleType('x')"
+    assert imported_with(before) == ["mmengine", "timm"]
+
+
+# Who knows whom.
+
+
+def words(tree):
+    """Identifiers, strings and imported names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, (ast.Attribute, ast.alias)):
+            yield node.attr if isinstance(node, ast.Attribute) else node.name
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+            yield node.name
+        elif isinstance(node, (ast.arg, ast.keyword)):
+            yield node.arg or ""
+
+
+def framework_names(source):
+    return [word for word in words(ast.parse(source)) if any(name in word.lower() for name in FRAMEWORKS)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CORE)))
+def test_core_names_no_framework(path):
+    assert framework_names(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import timm", "x.lightning_module", "'for MMEngine'", "def timm(): ...", "f(timm=1)", "from timm import x"],
+)
+def test_that_a_framework_would_be_seen(source):
+    assert framework_names(source)
+
+
+def imports(path, package):
+    """The modules that a file imports, by absolute name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            # `from ampcheck import checker` is an import of a submodule as well.
+            if node.module == package:
+                yield from (f"{package}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
+def test_adapters_use_the_public_names_alone(path):
+    """No submodule of the core, and no other adapter."""
+    public = {f"ampcheck.{name}" for name in ampcheck.__all__} | {"ampcheck", f"ampcheck.integrations.{path.stem}"}
+    assert {name for name in imports(path, "ampcheck") if name.partition(".")[0] == "ampcheck"} <= public
+
+
+def test_there_are_adapters():
+    assert {path.stem for path in ADAPTERS} >= {"lightning", "mmengine", "script", "timm", "ultralytics"}
+
+
+ALLOWED = {
+    "rule": {"trace"},
+    "trace": {"precision"},
+    "precision": set(),
+    "rules": {"precision", "rule", "rules", "trace"},
+    "report": {"precision", "report", "rule", "source", "trace"},
+}
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_directions(part):
+    """Rules judge traces, reports format findings: neither reaches for what sees or decides."""
+    paths = [path for path in SOURCES if path.relative_to(CORE).parts[0].removesuffix(".py") == part]
+    assert paths
+    for path in paths:
+        used = {name.split(".")[1] for name in imports(path, "ampcheck") if name.startswith("ampcheck.")}
+        assert used <= ALLOWED[part], path
+
+
+@pytest.mark.parametrize("part", ["probes", "failure"])
+def test_what_sees_does_not_judge(part):
+    for path in (CORE / part).glob("*.py"):
+        used = {name.split(".")[1] for name in imports(path, "ampcheck") if name.startswith("ampcheck.")}
+        assert not used & {"checker", "cli", "integrations", "plain", "report", "rule", "rules"}, path
+
+
+def test_core_imports_adapters_in_one_place():
+    using = [
+        path.name
+        for path in SOURCES
+        if any(name and name.startswith("ampcheck.integrations") for name in imports(path, "ampcheck"))
+    ]
+    assert using == ["cli.py"]
+
+
+def test_import_contracts(tmp_path):
+    lint = Path(sys.executable).with_name("lint-imports")
+    if not lint.exists():
+        pytest.skip("import-linter is not installed")
+    # As a plain install lays it out: the linter does not see through an editable one.
+    shutil.copytree(CORE, tmp_path / "ampcheck", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(INTEGRATIONS, tmp_path / "ampcheck" / "integrations", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    run = subprocess.run([str(lint), "--no-cache"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stdout
+    assert "0 broken" in run.stdout
+
+
+def test_public_names_exist():
+    assert sorted(ampcheck.__all__) == ampcheck.__all__ or set(ampcheck.__all__) <= set(dir(ampcheck))
+    for name in ampcheck.__all__:
+        assert getattr(ampcheck, name).__doc__
