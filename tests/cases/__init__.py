@@ -1,0 +1,86 @@
+"""Small programs that fail the way real ones did, each with the twin repaired by following the printed fix.
+
+A case is a function of ``guard`` and ``repaired``: it builds a model and trains it inside ``with guard(model)``, as it
+failed or, where ``repaired`` is 1 or 2, by the first or the second remedy that the finding prints.
+Lines it must be blamed for end in a marker comment such as ``# <- raise``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from ampcheck.precision import Precision
+
+
+class Guard(Protocol):
+    """Opens the region in which the case may fail. What it does with an exception is the caller's affair."""
+
+    def __call__(
+        self,
+        model: nn.Module | None,
+        *,
+        precision: Precision = ...,
+        optimizers: tuple[Any, ...] = ...,
+        scaler: Any = ...,
+        phase: str = ...,
+    ) -> AbstractContextManager[Any]: ...
+
+
+Program = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One failure and what must be said of it. ``corpus`` names the public reports it stands for, ``marks`` maps a
+    site's role to the marker of its line, ``evidence`` are facts that must be among the finding's, ``also`` are codes
+    of further findings that belong to it, ``needs`` are packages beside torch."""
+
+    id: str
+    program: Program
+    code: str | None
+    corpus: tuple[str, ...] = ()
+    module: str | None = None
+    marks: Mapping[str, str] = field(default_factory=lambda: {"raise": "raise"})
+    operands: Mapping[str, str] | None = None
+    reason: str | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+    crashes: bool = True
+    remedies: int = 1
+    needs: tuple[str, ...] = ()
+
+    def run(self, guard: Guard, *, repaired: int = 0) -> None:
+        """Run it as it failed, or as repaired by the first or second remedy."""
+        self.program(guard, repaired)
+
+    @property
+    def file(self) -> str:
+        return inspect.getsourcefile(self.program) or ""
+
+    def line(self, marker: str) -> int:
+        """Line number of ``# <- marker`` in the case's program or in what its file defines for it."""
+        lines, first = inspect.getsourcelines(self.program)
+        found = [first + i for i, text in enumerate(lines) if text.rstrip().endswith(f"# <- {marker}")]
+        if not found:
+            text = Path(self.file).read_text(encoding="utf-8").splitlines()
+            found = [i for i, line in enumerate(text, 1) if line.rstrip().endswith(f"# <- {self.id}: {marker}")]
+        assert len(found) == 1, f"{self.id}: {len(found)} lines are marked {marker!r}"
+        return found[0]
+
+
+class Cases(list[Case]):
+    """The cases of one file, filled by its decorator."""
+
+    def case(self, id: str, code: str | None, **expected: Any) -> Callable[[Program], Program]:
+        def add(program: Program) -> Program:
+            self.append(Case(id, program, code, **expected))
+            return program
+
+        return add
