@@ -30,7 +30,8 @@ def run(
     standard error. Raises ``ValueError`` for options that mean nothing, before anything runs.
     """
     checker = AmpChecker(select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report)
-    given = {"--select": select, "--ignore": ignore, "--fail-on": fail_on if fail_on != "never" else "", "--json": report}
+    given = {"--select": select, "--ignore": ignore, "--fail-on": fail_on if fail_on != "never" else ""}
+    given["--json"] = "" if isinstance(report, bool) else os.fspath(report)
     options = [word for flag, value in given.items() if value for word in (flag, _in_words(value))]
 
     def again(steps: int) -> str:
@@ -49,6 +50,6 @@ def run(
     return 0
 
 
-def _in_words(value: object) -> str:
+def _in_words(value: str | Iterable[str]) -> str:
     """An option's value as the command line takes it."""
-    return str(value) if isinstance(value, (str, os.PathLike)) else ",".join(map(str, value))
+    return value if isinstance(value, str) else ",".join(value)

@@ -1,0 +1,379 @@
+"""AmpCheck for MMEngine and the libraries on it: MMDetection 3 and its family.
+
+In a config file::
+
+    custom_imports = dict(imports=["ampcheck.integrations.mmengine"])
+    custom_hooks = [dict(type="AmpCheckHook")]
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any
+
+import mmengine
+import torch
+from mmengine.device import get_device
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import AmpOptimWrapper, BaseOptimWrapper, OptimWrapper, OptimWrapperDict
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
+from torch import nn
+
+from ampcheck import AmpChecker, FindingsError, Host, Precision
+
+FIXES = MappingProxyType(
+    {
+        "AMP101": "Set `type='AmpOptimWrapper'` in `optim_wrapper` (`--amp` of MMDetection's tools/train.py does); the "
+        "`fp16 = dict(...)` of MMCV 1.x is read by nothing. In a `train_step` of your own run the forward inside "
+        "`with optim_wrapper.optim_context(self):`.",
+        "AMP102": "Use `mmengine.runner.autocast(dtype=...)`: it opens the region for the device that MMEngine trains "
+        "on, so that `device_type` can be left out.",
+        "AMP103": "Use `mmengine.runner.autocast(dtype=...)`, which opens the region for `mmengine.device.get_device()`"
+        ", and keep the model on that device.",
+        "AMP104": "Set `dtype='float16'` or `dtype='bfloat16'` in `optim_wrapper` to the one you want; without it "
+        "`AmpOptimWrapper` takes the device's default.",
+        "AMP105": "Set `fp16=True` in `val_cfg` and `test_cfg` to evaluate under autocast too. It takes the device's "
+        "default dtype, whatever `optim_wrapper.dtype` is.",
+        "AMP106": "Keep only the forward and the losses inside `with optim_wrapper.optim_context(self):`, and call "
+        "`optim_wrapper.update_params(loss)` after it.",
+        "AMP107": "Set the other of `dtype='float16'` and `dtype='bfloat16'` in `optim_wrapper`, or "
+        "`type='OptimWrapper'` to train in float32.",
+        "AMP108": "Use `mmengine.runner.autocast` in code of your own, and the scaler of `AmpOptimWrapper`.",
+        "AMP109": "Open your own region by `mmengine.runner.autocast(cache_enabled=False)`.",
+        "AMP201": "Leave the model in float32 when the Runner is built and let `optim_wrapper = "
+        "dict(type='AmpOptimWrapper', dtype=...)` do the casting.",
+        "AMP203": "In a `train_step` of your own compute inside `with optim_wrapper.optim_context(self):`, which is "
+        "the only autocast there is; where `mmengine.runner.autocast(enabled=False)` is meant, feed it `.float()`.",
+        "AMP204": "`data_preprocessor = dict(type='ImgDataPreprocessor', ...)` hands image batches on as float32; a "
+        "transform that makes float64 of them can also cast at its end.",
+        "AMP205": "Or call it inside `with mmengine.runner.autocast(enabled=False):` on `.float()` inputs.",
+        "AMP210": "Compute this loss on `.float()` inputs inside `with mmengine.runner.autocast(enabled=False):`.",
+        "AMP211": "`EMAHook` averages in the dtypes it finds when training begins: leave the model in float32 when "
+        "the Runner is built.",
+        "AMP301": "Let `optim_wrapper` be `dict(type='AmpOptimWrapper', loss_scale='dynamic')`; "
+        "`loss_scale=dict(enabled=False)` is what turns scaling off.",
+        "AMP302": "`AmpOptimWrapper` always makes a scaler; set `loss_scale=dict(enabled=False)` in `optim_wrapper` "
+        "to switch it off.",
+        "AMP309": "Give `optim_wrapper` as a config, `dict(type=..., optimizer=dict(...))`: the Runner then builds the "
+        "optimizer from the model that it trains.",
+        "AMP401": "Where an activation writes, set `inplace=False` in the `act_cfg` of its block, "
+        "`act_cfg=dict(type='ReLU', inplace=False)`; where a neck or head says `x += y`, write `x = x + y`.",
+        "AMP404": "Where a neck or head writes to parts of what `split`, `chunk` or `unbind` gave, make new ones: "
+        "`outs[i] = outs[i] + x`.",
+        "AMP405": "In a `train_step` of your own call `optim_wrapper[...].backward(loss)` for every loss before the "
+        "first `step()`, or run the forward again after `update_params()`, which steps.",
+        "AMP407": "Set `broadcast_buffers=False` in `model_wrapper_cfg = dict(type='MMDistributedDataParallel')`; "
+        "without a `model_wrapper_cfg` the Runner does so itself.",
+        "AMP408": "`update_params(loss)` runs backward: call it once, on the sum that `parse_losses()` makes of the "
+        "losses, and let `loss()` return tensors with their graph, not `.item()` or `.detach()`.",
+        "AMP410": "Set `inplace=False` in the `act_cfg` of the block that carries the hook, "
+        "`act_cfg=dict(type='ReLU', inplace=False)`.",
+    }
+)
+"""The remedies in MMEngine's settings, by rule code."""
+
+
+def _contained(method: Callable[[AmpCheckHook, Any], None]) -> Callable[[AmpCheckHook, Any], None]:
+    """Make an event of the hook unable to raise anything into the run but the ``FindingsError`` that was asked for."""
+
+    @functools.wraps(method)
+    def call(self: AmpCheckHook, runner: Any) -> None:
+        try:
+            method(self, runner)
+        except FindingsError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
+            self._detach()
+            runner.logger.warning(
+                f"AmpCheck switched itself off: {type(error).__name__}: {error} in its {method.__name__}. "
+                "Please report it; the run goes on."
+            )
+
+    return call
+
+
+@HOOKS.register_module(force=True)
+class AmpCheckHook(Hook):  # type: ignore[misc]
+    """Reports whether mixed precision is on and sound, and explains precision errors.
+
+    The report goes to ``runner.logger`` and, as JSON, into ``runner.log_dir``. With the priority ``LOWEST`` every
+    other hook has done its work when the model is looked at. The first iteration of training and of evaluation are
+    watched; after that nothing of this hook runs in an iteration.
+
+    ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
+    ``"never"``) stops the run on a finding that severe. ``watch_steps`` is the number of training iterations to
+    watch. ``report`` is the path of the JSON report, or false for none. ``checker`` replaces all of these.
+
+    Raises ``ValueError`` for an unknown code or option value, and for options given beside ``checker``.
+    """
+
+    priority = "LOWEST"
+
+    def __init__(
+        self,
+        *,
+        select: str | Iterable[str] = (),
+        ignore: str | Iterable[str] = (),
+        fail_on: str = "never",
+        watch_steps: int = 1,
+        report: bool | str = True,
+        checker: AmpChecker | None = None,
+    ) -> None:
+        if checker is not None and (select, ignore, fail_on, watch_steps, report) != ((), (), "never", 1, True):
+            raise ValueError("AmpCheckHook takes either `checker` or options for one, not both")
+        self.checker = checker or AmpChecker(
+            select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report
+        )
+        self._attached = False
+        self._undo: list[Callable[[], None]] = []
+
+    @_contained
+    def before_run(self, runner: Any) -> None:
+        self._detach()
+        for kind in ("train", "val", "test"):
+            loop = getattr(runner, f"_{kind}_loop", None)
+            if isinstance(loop, BaseLoop):
+                self._guard(loop, runner, kind)
+                self._watch(loop, runner, kind)
+
+    def before_train(self, runner: Any) -> None:
+        self._attach(runner)
+
+    def before_val(self, runner: Any) -> None:
+        if not self._attached:
+            self._attach(runner)
+
+    def before_test(self, runner: Any) -> None:
+        if not self._attached:
+            self._attach(runner)
+
+    def after_run(self, runner: Any) -> None:
+        self._detach()
+
+    @_contained
+    def _attach(self, runner: Any) -> None:
+        self._attached = True
+        wrappers = _optim_wrappers(runner)
+        averages = [getattr(hook, "ema_model", None) for hook in runner.hooks if isinstance(hook, EMAHook)]
+        self.checker.attach(
+            _unwrapped(runner.model),
+            precision=_declared(runner, wrappers),
+            optimizers=[wrapper.optimizer for wrapper in wrappers.values()],
+            scaler=next(filter(None, map(_scaler_of, wrappers.values())), None),
+            averaged=next((average.module for average in averages if average is not None), None),
+            host=Host("mmengine", mmengine.__version__, FIXES),
+            emit=runner.logger.info,
+            directory=getattr(runner, "log_dir", runner.work_dir),
+        )
+        if _is_compiled(runner.model):
+            runner.logger.info("ampcheck  the steps are not watched: the model is compiled (`compile` in the config)")
+
+    def _detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self.checker.detach()
+        self._attached = False
+
+    def _guard(self, loop: BaseLoop, runner: Any, kind: str) -> None:
+        """See every exception that leaves the loop."""
+        run = loop.run
+        phase = "training_step" if kind == "train" else "evaluation_step"
+
+        @functools.wraps(run)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return run(*args, **kwargs)
+            except BaseException as exc:
+                # What leaves a validation goes on through the training around it.
+                if self._attached:
+                    batch = None
+                    if kind == "train":
+                        # What the frames alone tell is worth more than nothing.
+                        with suppress(Exception):
+                            batch = _failing_batch(loop, runner, exc)
+                    self.checker.diagnose(exc, phase=phase, step=getattr(loop, "iter", None), batch=batch)
+                self._detach()
+                raise
+
+        self._undo.append(_replace(loop, "run", guarded))
+
+    def _watch(self, loop: BaseLoop, runner: Any, kind: str) -> None:
+        """Probe the loop's iterations while one is left to watch.
+
+        It is the loop's method that is shadowed, not the model's: the model can be pickled and copied all the while.
+        """
+        checker, run_iter = self.checker, getattr(loop, "run_iter", None)
+        if run_iter is None:
+            runner.logger.warning(f"AmpCheck: {type(loop).__name__} has no run_iter, so its steps are not watched.")
+            return
+
+        @functools.wraps(run_iter)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if _is_compiled(runner.model):
+                unwatch()
+                return run_iter(*args, **kwargs)
+            with checker.training_step() if kind == "train" else checker.evaluation_step(_unwrapped(runner.model)):
+                outputs = run_iter(*args, **kwargs)
+            if not (checker.watching if kind == "train" else checker.watching_evaluation):
+                unwatch()
+            return outputs
+
+        unwatch = _replace(loop, "run_iter", watched)
+        self._undo.append(unwatch)
+
+
+def _failing_batch(loop: BaseLoop, runner: Any, error: BaseException) -> Callable[[], object] | None:
+    """What computes the loss of the batch that ``error`` came from once more, from the loop's frame in its traceback;
+    ``None`` where it cannot be found, or the model not be run outside its wrapper."""
+    model, wrappers = _unwrapped(runner.model), _optim_wrappers(runner).values()
+    plain = nn.parallel.DistributedDataParallel, nn.parallel.DataParallel
+    if is_model_wrapper(runner.model) and (model is runner.model or not isinstance(runner.model, plain)):
+        return None
+    own = set(model.parameters())
+    if any(map(is_model_wrapper, model.modules())) or not wrappers:
+        return None
+    if not all(own.issuperset(group["params"]) for one in wrappers for group in one.optimizer.param_groups):
+        return None
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame, traceback = traceback.tb_frame, traceback.tb_next
+        if frame.f_code.co_name == "run_iter":
+            names = frame.f_locals
+            if names.get("self") is loop and "data_batch" in names:
+                return functools.partial(_step_again, model, names["data_batch"], runner.optim_wrapper)
+    return None
+
+
+def _step_again(model: Any, data: Any, wrapper: Any) -> None:
+    """``train_step`` of the model's class, without what ``compile`` put before it. It runs backward itself."""
+    if isinstance(wrapper, OptimWrapperDict):
+        stand_in = copy.copy(wrapper)
+        stand_in.optim_wrappers = {key: _stand_in(model, one) for key, one in wrapper.items()}
+    else:
+        stand_in = _stand_in(model, wrapper)
+    type(model).train_step(model, data, optim_wrapper=stand_in)
+
+
+def _stand_in(model: nn.Module, wrapper: OptimWrapper) -> OptimWrapper:
+    """A copy of the optimizer wrapper that counts for itself, scales nothing, and runs backward without hooks on
+    parameters, which are where processes wait for one another."""
+    stand_in = copy.copy(wrapper)
+
+    def backward(loss: torch.Tensor, **kwargs: Any) -> None:
+        _backward(model, loss, **kwargs)
+        stand_in._inner_count += 1
+
+    vars(stand_in).update(backward=backward, step=wrapper.optimizer.step)
+    return stand_in
+
+
+def _backward(
+    model: nn.Module,
+    loss: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """``loss.backward(...)`` without those hooks. Gradients are new tensors; whoever replays the step puts the old ones
+    back."""
+    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    leaves = own if inputs is None else [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+    gradients = torch.autograd.grad(loss, leaves or [loss], gradient, retain_graph, create_graph, allow_unused=True)
+    for leaf, found in zip(leaves, gradients, strict=False):
+        if found is not None:
+            leaf.grad = found if leaf.grad is None else leaf.grad + found
+
+
+_ABSENT = object()
+
+
+def _replace(owner: object, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Let ``method`` shadow the method of one instance. What is returned undoes that, unless somebody else has
+    replaced it since."""
+    attributes = vars(owner)
+    before = attributes.get(name, _ABSENT)
+    attributes[name] = method
+
+    def undo() -> None:
+        if attributes.get(name) is method:
+            if before is _ABSENT:
+                del attributes[name]
+            else:
+                attributes[name] = before
+
+    return undo
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inner = model.module if is_model_wrapper(model) else model
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether the ``compile`` of the config has replaced a method of the model: probes would compile it again."""
+    return any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(model).values())
+
+
+def _optim_wrappers(runner: Any) -> dict[str, BaseOptimWrapper]:
+    """The optimizer wrappers of a run by their config keys; none where the run only evaluates."""
+    wrapper = getattr(runner, "optim_wrapper", None)
+    if isinstance(wrapper, OptimWrapperDict):
+        return {f"optim_wrapper.{key}": value for key, value in wrapper.items()}
+    return {"optim_wrapper": wrapper} if isinstance(wrapper, BaseOptimWrapper) else {}
+
+
+def _declared(runner: Any, wrappers: Mapping[str, BaseOptimWrapper]) -> Precision:
+    """What the config asks of training. Several optimizer wrappers have to agree, else what is observed decides."""
+    loops = {f"{name}_cfg": getattr(runner, f"_{name}_loop", None) for name in ("val", "test")}
+    evaluation = next((f"{key}.fp16=True" for key, loop in loops.items() if getattr(loop, "fp16", False) is True), "")
+    asked = {_asked_of(wrapper) for wrapper in wrappers.values()}
+    source = ", ".join(f"{key}.{_settings(wrapper)}" for key, wrapper in wrappers.items())
+    legacy = getattr(runner, "cfg", {}).get("fp16")
+    if asked == {_FLOAT32} and isinstance(legacy, Mapping):
+        source = f"fp16=dict({', '.join(f'{key}={value!r}' for key, value in legacy.items())})"
+        asked = {Precision("mixed", dtype="float16", scaler=True)}
+    precision = asked.pop() if len(asked) == 1 else Precision()
+    return dataclasses.replace(
+        precision,
+        device_type=get_device(),
+        dtype=precision.dtype or _DEFAULT_DTYPES.get(get_device()) if precision.mixed else precision.dtype,
+        source=source or evaluation,
+        evaluation_dtype=None if evaluation else "float32",
+    )
+
+
+def _asked_of(wrapper: BaseOptimWrapper) -> Precision:
+    """What one optimizer wrapper does; Apex and wrappers of others have means of their own."""
+    if isinstance(wrapper, AmpOptimWrapper):
+        scaler = _scaler_of(wrapper)
+        return dataclasses.replace(_MIXED, dtype=_cast_dtype(wrapper), scaler=scaler.is_enabled() if scaler else None)
+    return _FLOAT32 if type(wrapper) is OptimWrapper else Precision()
+
+
+def _scaler_of(wrapper: BaseOptimWrapper) -> torch.amp.GradScaler | None:
+    scaler = getattr(wrapper, "loss_scaler", None)
+    return scaler if isinstance(scaler, torch.amp.GradScaler) else None
+
+
+def _settings(wrapper: BaseOptimWrapper) -> str:
+    dtype = _cast_dtype(wrapper)
+    return f"type={type(wrapper).__name__!r}" + (f", dtype={dtype!r}" if dtype else "")
+
+
+def _cast_dtype(wrapper: BaseOptimWrapper) -> str | None:
+    dtype = getattr(wrapper, "cast_dtype", None)
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
+
+
+_MIXED = Precision("mixed")
+_FLOAT32 = Precision("true", dtype="float32", scaler=False, explicit=False)
+# `mmengine.runner.autocast` without a dtype.
+_DEFAULT_DTYPES = {"cpu": "bfloat16", "cuda": str(torch.get_autocast_dtype("cuda")).removeprefix("torch.")}

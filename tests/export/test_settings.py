@@ -1,0 +1,134 @@
+"""Two eager settings, module by module; the picture; the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from export_forms import exported
+from faulty import Net, NumpyTanh, TorchTanh
+from torch import nn
+
+import ampcheck
+
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Coarse(nn.Module):
+    """Loses what it is given but for a few bits."""
+
+    def forward(self, x):
+        return (x + 1000).to(torch.bfloat16).float() - 1000 if torch.is_autocast_enabled("cpu") else x
+
+
+def test_autocast_against_float32_ranks_the_modules():
+    torch.manual_seed(0)
+    model = Net(Coarse()).eval()
+    report = ampcheck.compare_settings(model, X, ampcheck.Setting(autocast=torch.bfloat16))
+    assert report.findings == ()
+    comparison = report.comparison
+    assert not comparison.equal
+    assert comparison.first_module.module == "body.1"
+    assert comparison.culprit == "body.1"
+    ranked = comparison.ranked()
+    assert [module.relative for module in ranked] == sorted((m.relative for m in ranked), reverse=True)
+    assert [module.module for module in comparison.modules][:3] == ["body.0", "body.1", "body.2"]
+    text = str(report)
+    assert "autocast bfloat16 against as it is" in text
+    assert text.index("body.1") < text.index("body.0")
+
+
+def test_a_setting_with_itself_is_equal_and_leaves_the_model_alone():
+    model = Net(TorchTanh()).eval()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert ampcheck.compare_settings(model, X, ampcheck.Setting()).comparison.equal
+    half = ampcheck.compare_settings(model, X, ampcheck.Setting(dtype=torch.bfloat16, device="cpu"))
+    assert half.comparison.second == "bfloat16, on cpu"
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_inputs_the_model_does_not_run_on():
+    with pytest.raises(ValueError, match="does not run on the inputs"):
+        ampcheck.compare_settings(Net(TorchTanh()), torch.randn(3, 5), ampcheck.Setting(autocast=torch.bfloat16))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cpu_against_cuda():
+    report = ampcheck.compare_settings(Net(TorchTanh()).eval(), X, ampcheck.Setting(device="cuda"))
+    assert len(report.comparison.modules) == 6
+
+
+def test_the_picture_is_saved_as_png_and_svg(tmp_path):
+    pytest.importorskip("matplotlib")
+    report = ampcheck.compare_settings(Net(Coarse()).eval(), X, ampcheck.Setting(autocast=torch.bfloat16))
+    png, svg = ampcheck.draw_errors(report.comparison, tmp_path / "errors.svg")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in svg.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot be written"):
+        ampcheck.draw_errors(report.comparison, tmp_path / "nowhere" / "errors.png")
+
+
+FACTORY = """
+import torch
+from faulty import Net, {kind}
+
+def make():
+    torch.manual_seed(0)
+    return Net({kind}()).eval(), torch.ones(3, 6) / 3
+def nothing():
+    return 1
+"""
+
+
+def command(folder, *args):
+    paths = f"import sys; sys.path[:0] = {[str(folder)]!r}; from ampcheck.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", paths, "compare", *args], cwd=folder, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copy(sys.modules["faulty"].__file__, tmp_path)
+    for kind in ("NumpyTanh", "TorchTanh"):
+        (tmp_path / f"{kind.lower()}.py").write_text(FACTORY.format(kind=kind), encoding="utf-8")
+    torch.manual_seed(0)
+    for kind in (NumpyTanh, TorchTanh):
+        torch.manual_seed(0)
+        model = Net(kind()).eval()
+        torch.jit.save(
+            exported(model, (torch.ones(3, 6) / 3,), "trace", tmp_path), str(tmp_path / f"{kind.__name__}.pt")
+        )
+    return tmp_path
+
+
+def test_command_line(folder):
+    done = command(folder, "--json", "r.json", "--fail-on", "error", "numpytanh:make", "NumpyTanh.pt")
+    assert done.returncode == 3, done.stderr
+    assert "error[AMP602] constant-baked-into-trace" in done.stdout
+    assert json.loads((folder / "r.json").read_text())["comparison"]["equal"] is False
+    done = command(folder, "--figure", "f.png", "--fail-on", "warning", "torchtanh:make", "TorchTanh.pt")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "TorchScript trace against eager · equal" in done.stdout
+    assert (folder / "f.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("torchtanh:make", "none.pt"), "there is no file 'none.pt'"),
+        (("torchtanh:nothing", "TorchTanh.pt"), "does not give a model and its inputs"),
+        (("missing:make", "TorchTanh.pt"), "No module named 'missing'"),
+        (("--fail-on", "loud", "torchtanh:make", "TorchTanh.pt"), "fail_on must be"),
+    ],
+)
+def test_command_line_bad_input(folder, args, said):
+    done = command(folder, *args)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
