@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -203,8 +204,8 @@ class AmpChecker:
         ``batch`` computes the loss of the failing batch once more, as the host does, on the module without its
         wrappers, and returns it. It is called, with everything put back afterwards, for a failure of a training step
         whose graph was not watched. Where nothing can be replayed, ``again`` is what the user says to watch the
-        failing step: a command or a call. An exception is diagnosed once, and one that has nothing to do with precision or
-        autograd gets no note.
+        failing step: a command or a call. An exception is diagnosed once, and one that has nothing to do with
+        precision or autograd gets no note.
         """
         if self._off or not isinstance(error, Exception) or isinstance(error, FindingsError):
             return
@@ -288,6 +289,11 @@ class AmpChecker:
             self._training_left = 0
             self._evaluation_left = False
 
+    def start_over(self) -> None:
+        """What was attached is not the model that trains: forget it, and what was seen of it."""
+        self._abandon()
+        self._reset()
+
     def nothing_seen(
         self, reason: str, *, emit: Emit | None = None, directory: str | os.PathLike[str] | None = None
     ) -> None:
@@ -317,7 +323,9 @@ class AmpChecker:
             for finding in findings:
                 self._say(render_finding(finding, self._trace))
         except Exception:  # noqa: BLE001
-            warnings.warn(f"AmpCheck switched itself off: {self._trace.internal_error}", RuntimeWarning, stacklevel=3)
+            with contextlib.suppress(Warning):
+                text = f"AmpCheck switched itself off: {self._trace.internal_error}"
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def _expect(self, device_type: str) -> None:
         """What is to be watched in this run, and what to say of it until it was."""
@@ -407,10 +415,16 @@ class AmpChecker:
             self._open.pop().abandon()
 
     def _say(self, text: Text) -> None:
-        if self._emit is None:
-            Console(file=sys.stderr, soft_wrap=True, highlight=False).print(text)
-        else:
+        if self._emit is not None:
             self._emit(text.plain)
+            return
+        # Rich ends the program where its own file is a pipe that nobody reads.
+        rendered = io.StringIO()
+        colors = sys.stderr is not None and sys.stderr.isatty()
+        Console(file=rendered, soft_wrap=True, highlight=False, force_terminal=colors).print(text)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(rendered.getvalue())
+            sys.stderr.flush()
 
     def _write(self) -> None:
         if self._report is None or rank() != 0 or self._destination is False or self._unwritable:

@@ -23,7 +23,7 @@ from ampcheck.probes.compiled import on_call
 from ampcheck.report import Report
 from ampcheck.step import WatchedStep
 from ampcheck.trace import Host
-from ampcheck.walk import dtype_name, is_compiled, unwrapped
+from ampcheck.walk import dtype_name, has_autocast_cache_fault, is_compiled, unwrapped
 
 
 class watch:
@@ -37,8 +37,8 @@ class watch:
     What is not given of ``optimizer`` and ``scaler`` is looked for among the objects that are alive at fit start:
     optimizers that hold parameters of the model, and a scaler.
     ``precision`` is what is asked for; by default, what is observed. The other options are those of ``AmpChecker``;
-    ``checker`` is one made elsewhere, in place of them; ``again`` says what to call to watch so many steps, for the note
-    of a failure that came after the watched ones. Raises ``TypeError`` for a model that is no module.
+    ``checker`` is one made elsewhere, in place of them; ``again`` says what to call to watch so many steps, for the
+    note of a failure that came after the watched ones. Raises ``TypeError`` for a model that is no module.
     """
 
     def __init__(
@@ -72,12 +72,14 @@ class watch:
         self._step: WatchedStep | None = None
         self._outermost: nn.Module | None = None
         self._optimized = False
+        self._equipped = False
+        self._elsewhere: set[int] = set()
         self._forwards = 0
         self._again = again
         self._nodes = 0
         self._begun = 0
         self._ended = 0
-        self._thread = threading.get_ident()
+        self._place = os.getpid(), threading.get_ident()
 
     @property
     def report(self) -> Report | None:
@@ -85,11 +87,13 @@ class watch:
         return self._checker.report
 
     def __enter__(self) -> watch:
-        self._thread = threading.get_ident()
+        self._place = os.getpid(), threading.get_ident()
         self._step = self._outermost = None
         self._optimized = False
         self._ended = 0
         self._autocast.waiting = True
+        # It enters autocast itself, once: not under the probe.
+        has_autocast_cache_fault()
         self._training.enter_context(self._autocast)
         self._training.callback(self._listening.close)
         self._listen()
@@ -105,7 +109,10 @@ class watch:
                 # The step was complete when something else raised.
                 with contextlib.suppress(FindingsError):
                     self._end_step()
-            self._checker.diagnose(exc, again=self._watching_this_step())
+            again = None
+            with contextlib.suppress(Exception):
+                again = self._watching_this_step()
+            self._checker.diagnose(exc, again=again)
         ended = exc is None or isinstance(exc, SystemExit)
         try:
             self._end_step(None if ended else exc)
@@ -125,11 +132,11 @@ class watch:
         self._checker.nothing_seen(reason, emit=self._context["emit"], directory=self._context["directory"])
 
     def _contained(self, hook: Callable[..., None]) -> Callable[..., None]:
-        """``hook`` for the thread that watches; unable to raise anything but ``FindingsError``."""
+        """``hook`` for the process and thread that watch; unable to raise anything but ``FindingsError``."""
 
         def call(*args: Any) -> None:
             # What Dynamo traces must be the user's program alone.
-            if torch.compiler.is_dynamo_compiling() or threading.get_ident() != self._thread:
+            if torch.compiler.is_dynamo_compiling() or (os.getpid(), threading.get_ident()) != self._place:
                 return
             try:
                 hook(*args)
@@ -171,6 +178,13 @@ class watch:
                 self._listen_to(module)
             self._attach(module)
             self._begun = _nodes_made()
+        elif self._was_mistaken_for(module):
+            self._step = self._outermost = None
+            self._checker.start_over()
+            self._autocast.waiting = True
+            self._autocast.forget()
+            self._called(module, args)
+            return
         elif module is not self._outermost or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
         elif self._step is not None:
@@ -191,6 +205,15 @@ class watch:
             if not self._checker.watching_evaluation:
                 self._evaluation.close()
 
+    def _was_mistaken_for(self, module: nn.Module) -> bool:
+        """Whether the open step is not that of the training: what began it was a dry run of ``module``, before there
+        was an optimizer, or another model, while an optimizer has stepped that trains ``module``."""
+        if self._step is None or self._optimized or self._equipped or not self._begins_training(module):
+            return False
+        if module is self._outermost:
+            return bool(_optimizers_of(module))
+        return not self._elsewhere.isdisjoint(map(id, module.parameters()))
+
     def _begins_training(self, module: nn.Module) -> bool:
         if not module.training or not torch.is_grad_enabled():
             return False
@@ -200,7 +223,9 @@ class watch:
 
     def _attach(self, module: nn.Module) -> None:
         own = {id(parameter) for parameter in module.parameters()}
-        optimizers = self._optimizers or [opt for opt in _alive(torch.optim.Optimizer) if own & _held(opt)]
+        optimizers = self._optimizers or _optimizers_of(module)
+        self._equipped = any(own & _held(optimizer) for optimizer in optimizers)
+        self._elsewhere = set()
         scalers = [self._scaler] if self._scaler else _alive(torch.amp.GradScaler)
         if not self._scaler and not _float16_in_force(module):
             # One that has scaled already was left by an earlier run.
@@ -231,9 +256,13 @@ class watch:
             return Precision("mixed", device_type, None, True, f"an enabled {type(scaler).__name__}")
         return Precision("true", device_type, dtype_name(tensor.dtype), False, explicit=False)
 
-    def _stepped(self, *_: Any) -> None:
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # Torch goes through its hooks here: none can be removed before the next forward.
-        self._optimized = True
+        held = _held(optimizer)
+        if self._outermost is not None and not held.isdisjoint(map(id, self._outermost.parameters())):
+            self._optimized = True
+        else:
+            self._elsewhere |= held
 
     def _end_step(self, exc: BaseException | None = None) -> None:
         step, self._step = self._step, None
@@ -249,7 +278,7 @@ class watch:
         """What to say to watch the step that is failing now, or ``None`` where it is being watched or cannot be told.
 
         Nothing counts steps after the watched ones; autograd counts its nodes, and a step makes about as many as the
-        watched ones did.
+        watched ones did. Rounded up: one too many does no harm.
         """
         if self._step is not None or not self._ended or self._nodes <= 0 or is_compiled(self._roots[0]):
             return None
@@ -266,7 +295,7 @@ class watch:
         original = nn.Module.eval
 
         def eval(module: nn.Module) -> nn.Module:
-            if threading.get_ident() == self._thread and self._is_around_model(module):
+            if (os.getpid(), threading.get_ident()) == self._place and self._is_around_model(module):
                 self._contained(self._eval_called)()
             return original(module)
 
@@ -337,6 +366,11 @@ def _float16_in_force(module: nn.Module) -> bool:
         return False
     state = autocast_state(device_type)
     return state.enabled and state.dtype == "float16"
+
+
+def _optimizers_of(module: nn.Module) -> list[torch.optim.Optimizer]:
+    own = {id(parameter) for parameter in module.parameters()}
+    return [optimizer for optimizer in _alive(torch.optim.Optimizer) if own & _held(optimizer)]
 
 
 def _held(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -27,7 +28,7 @@ def gather(stage: str, mine: Any, patience: timedelta = timedelta(seconds=5)) ->
     """What each rank sent when it last came to ``stage``, by rank, on rank 0; ``{}`` elsewhere.
 
     A collective would hang, or break the job's own, as soon as one rank has died. Keys in the job's rendezvous store
-    cost the senders a write and never wait; rank 0 waits ``patience`` for each and then goes on without it.
+    cost the senders a write and never wait; rank 0 waits ``patience`` for all and then goes on without the rest.
     """
     me = rank()
     store = _store()
@@ -39,12 +40,16 @@ def gather(stage: str, mine: Any, patience: timedelta = timedelta(seconds=5)) ->
         store.set(f"{key}/{me}", pickle.dumps(mine))
         return {}
     gathered = {0: mine}
-    for other in range(1, dist.get_world_size()):
-        try:
-            store.wait([f"{key}/{other}"], patience)
-        except (RuntimeError, ValueError):
-            continue
-        gathered[other] = pickle.loads(store.get(f"{key}/{other}"))
+    missing = set(range(1, dist.get_world_size()))
+    deadline = time.monotonic() + patience.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{key}/{other}"]):
+                gathered[other] = pickle.loads(store.get(f"{key}/{other}"))
+        missing -= gathered.keys()
+        if not missing or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
     return gathered
 
 

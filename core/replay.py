@@ -343,7 +343,7 @@ def _random_state() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     return (
         torch.get_rng_state(),
-        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
         random.getstate(),
         numpy.random.get_state() if numpy is not None else None,
     )

@@ -83,12 +83,18 @@ class ModuleInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class OptimizerInfo:
-    """An optimizer: how many parameter tensors it holds, how many of them are the model's, and their dtypes."""
+    """An optimizer: how many parameter tensors it holds, how many of them are the model's, and their dtypes.
+
+    ``unscales``: it divides by the loss scale itself, as fused ones do, and takes float16 gradients. ``alike``: the
+    shapes of its parameters are those of the model's trainable ones, as of a copy.
+    """
 
     type: str
     parameters: int
     of_model: int
     dtypes: Mapping[str, int] = field(default_factory=dict)
+    unscales: bool = False
+    alike: bool = True
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,13 @@ def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Opt
         len(held),
         sum(id(parameter) in own for parameter in held),
         dict(Counter(dtype_name(parameter.dtype) for parameter in held)),
+        bool(getattr(optimizer, "_step_supports_amp_scaling", False)),
+        _shapes(held) == _shapes(parameter for parameter in model.parameters() if parameter.requires_grad),
     )
+
+
+def _shapes(parameters: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(p.shape) for p in parameters if type(p) not in _LAZY)
 
 
 def examine_scaler(scaler: torch.amp.GradScaler) -> ScalerInfo:
@@ -128,7 +134,7 @@ def examine_scaler(scaler: torch.amp.GradScaler) -> ScalerInfo:
 @functools.cache
 def environment() -> Environment:
     """The torch in use and what its devices compute natively."""
-    return Environment(torch.__version__, dict(_native_dtypes()), _has_autocast_cache_fault())
+    return Environment(torch.__version__, dict(_native_dtypes()), has_autocast_cache_fault())
 
 
 def _native_dtypes() -> Iterable[tuple[tuple[str, str], bool]]:
@@ -142,7 +148,8 @@ def _native_dtypes() -> Iterable[tuple[tuple[str, str], bool]]:
         yield ("cuda", "bfloat16"), torch.version.hip is not None or major >= 8
 
 
-def _has_autocast_cache_fault() -> bool:
+@functools.cache
+def has_autocast_cache_fault() -> bool:
     # Whatever modes the caller is in are his, and must neither change the answer nor see the question.
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
         return _loses_cached_gradients()

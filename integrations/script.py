@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from ampcheck import AmpChecker, FindingsError, run_module, run_script, show_exception, watch
 
-FOUND = 3
+FOUND, INTERRUPTED = 3, 130
 
 
 def run(
@@ -44,6 +44,9 @@ def run(
     except FindingsError as error:
         sys.stderr.write(f"ampcheck  stopped by --fail-on: {error}\n")
         return FOUND
+    except KeyboardInterrupt as error:
+        show_exception(error)
+        return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - it is the script's, shown as the script's
         show_exception(error)
         return 1

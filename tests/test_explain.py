@@ -243,6 +243,10 @@ def names() -> dict[str, Any]:
     }
 
 
+def run(program: str, names: dict[str, Any]) -> None:
+    exec(compile(program, "<example>", "exec", dont_inherit=True), names)
+
+
 def findings(program: str, scene: Scene, names: dict[str, Any]) -> tuple[dict[str, Severity], Exception | None]:
     """What is found in ``program``, and what it raised."""
     gc.collect()
@@ -252,15 +256,15 @@ def findings(program: str, scene: Scene, names: dict[str, Any]) -> tuple[dict[st
         warnings.simplefilter("ignore")
         warnings.simplefilter("error" if scene.warns else "ignore", UserWarning)
         if scene.attached:
-            exec(program, names)
+            run(program, names)
             held = {"averaged": names.get("averaged"), "optimizers": (names["optimizer"],)}
             checker.attach(names["model"], **held, emit=lambda text: None)
         elif scene.setup is not None:
-            exec(scene.setup, names)
+            run(scene.setup, names)
             checker.attach(names["model"], emit=lambda text: None)
             try:
                 with checker.training_step():
-                    exec(compile(program, "<example>", "exec"), names)
+                    run(program, names)
             except RuntimeError as error:
                 raised = error
                 checker.diagnose(error)
@@ -268,7 +272,7 @@ def findings(program: str, scene: Scene, names: dict[str, Any]) -> tuple[dict[st
             watch = ampcheck.watch(None, checker=checker, precision=scene.precision, emit=lambda text: None)
             try:
                 with watch:
-                    exec(compile(program, "<example>", "exec"), names)
+                    run(program, names)
             except Exception as error:  # noqa: BLE001 (an example may crash: that is what its page is about)
                 raised = error
     assert checker.report is not None
@@ -278,6 +282,8 @@ def findings(program: str, scene: Scene, names: dict[str, Any]) -> tuple[dict[st
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.code in SCENES], ids=lambda rule: rule.code)
 def test_example_has_the_finding_and_its_repair_has_not(rule: Any, names: dict[str, Any]) -> None:
+    if rule.code == "AMP409" and not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        pytest.skip("this PyTorch does not tell which hooks are in place")
     scene = SCENES[rule.code]
     example, instead = parts(rule.page)
     # The GPU of an example becomes the CPU, where the page is not about another device.

@@ -120,8 +120,10 @@ def _place(frame: FrameType, line: int, lasti: int) -> Place:
     span: Span | None = None
     if hasattr(code, "co_positions") and lasti >= 0:
         position = next(itertools.islice(code.co_positions(), lasti // 2, None), None)
-        if position is not None and None not in position:
-            span = position
+        if position is not None:
+            first, last, left, right = position
+            if first is not None and last is not None and left is not None and right is not None:
+                span = first, last, left, right
     return Place(_file(frame), line, function, names, frame.f_globals, span, receiver)
 
 

@@ -82,7 +82,7 @@ class OpProbe(TorchFunctionMode):
 
     def _put_at_the_bottom(self) -> None:
         others = _taken_off(None)
-        # The mode of `torch.set_default_device`, where it goes through the stack to leave it, insists on the last place.
+        # The mode of `torch.set_default_device`, where it goes through the stack to leave, insists on the last place.
         default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
         insists = "_len_torch_function_stack" in DeviceContext.__exit__.__code__.co_names
         above = 1 if insists and others and others[0] is default else 0
@@ -164,7 +164,7 @@ def _taken_off(mode: TorchFunctionMode | None) -> list[TorchFunctionMode]:
     """Take ``mode`` (or, for ``None``, all) and what lies above it off the stack; return the others, lowest first."""
     taken: list[TorchFunctionMode] = []
     while torch._C._len_torch_function_stack():
-        top = overrides._pop_mode()  # type: ignore[no-untyped-call]
+        top = overrides._pop_mode()
         if top is mode:
             break
         taken.append(top)
@@ -173,4 +173,4 @@ def _taken_off(mode: TorchFunctionMode | None) -> list[TorchFunctionMode]:
 
 def _put_on(modes: Iterable[TorchFunctionMode]) -> None:
     for mode in modes:
-        overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+        overrides._push_mode(mode)

@@ -254,7 +254,7 @@ def _factors(nodes: Iterable[Any]) -> frozenset[int]:
     """The storages of the numbers that tensors were multiplied by."""
     found = set()
     for node in nodes:
-        if node.name() == "MulBackward0":
+        if node.name() in ("Mul", "MulBackward0"):
             # Freed, or written since: then it is not the scale.
             with contextlib.suppress(RuntimeError):
                 other = node._saved_other

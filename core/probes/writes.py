@@ -114,7 +114,7 @@ class _Stepping(NamedTuple):
     blind: bool
 
 
-class WriteProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class WriteProbe(TorchDispatchMode):
     """Logs, in the thread that entered it and in the backward passes that this thread starts:
 
     - each op that makes an autograd node, by the node's sequence number: call, module, the storages it saw,
@@ -258,7 +258,8 @@ class WriteProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.error is not None:
+        # What is traced or faked has no content, and is no part of the training.
+        if self.error is not None or types or _tracing():
             return func(*args, **kwargs)
         # Ops hash slowly, and live as long as the process.
         known = self._known.get(id(func)) or self._learn(func)
@@ -774,3 +775,11 @@ def _take_modes_above(mode: TorchDispatchMode | None) -> list[Any]:
 def _put_modes(modes: list[Any]) -> None:
     for mode in modes:
         torch._C._push_on_torch_dispatch_stack(mode)
+
+
+def _tracing() -> bool:
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+
+
+_KEYS = torch._C._TorchDispatchModeKey
+_TRACING = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)

@@ -49,8 +49,10 @@ def low_precision_parameters(trace: Trace) -> Iterator[Evidence]:
     parameters = trainable(trace.model)
     for dtype in sorted(LOW_PRECISION):
         names = [parameter.name for parameter in parameters if parameter.dtype == dtype]
-        # The scaler of sharded training is the one that takes float16 gradients.
+        # The scaler of sharded training takes float16 gradients, and optimizers that unscale them themselves do.
         takes_float16 = trace.scaler is not None and trace.scaler.type == "ShardedGradScaler"
+        holders = [optimizer for optimizer in trace.optimizers if optimizer.dtypes.get(dtype)]
+        takes_float16 = takes_float16 or (bool(holders) and all(optimizer.unscales for optimizer in holders))
         refused = dtype == "float16" and scaling(trace) and not takes_float16 and optimized(trace, dtype)
         if names:
             end = ", and the gradient scaler refuses to unscale their gradients" if refused else ""

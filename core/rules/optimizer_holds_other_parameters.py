@@ -58,4 +58,5 @@ def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
             "trainable": len(parameters),
             "optimizers": {optimizer.type: optimizer.parameters for optimizer in optimizers},
         },
+        severity=None if any(optimizer.alike for optimizer in optimizers) else Severity.WARNING,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -599,3 +601,84 @@ def test_default_device_set_during_the_step():
     finally:
         torch.set_default_device(None)
     assert watch.report.trace.training is not None
+
+
+def float16_loop(model, steps=3):
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu")
+    train(model, optimizer, dtype=torch.float16, scaler=scaler, steps=steps)
+
+
+def test_dry_run_before_there_is_an_optimizer(watching, told):
+    model = CNN()
+    with watching(None, ignore="AMP107,AMP310") as watch:
+        model(digits("train", 2).images)
+        float16_loop(model)
+    trace = watch.report.trace
+    assert watch.report.findings == ()
+    assert (trace.precision.dtype, trace.precision.scaler) == ("float16", True)
+    assert all(call.autocast.enabled for call in trace.training.calls)
+
+
+def test_another_model_is_called_before_the_one_that_trains(watching):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with watching(None, ignore="AMP107,AMP310") as watch:
+        print(CNN()(digits("train", 2).images).shape)
+        float16_loop(model)
+        assert torch._C._len_torch_dispatch_stack() == 0
+    assert watch.report.trace.model.type == "Sequential"
+    assert watch.report.findings == ()
+
+
+def test_images_that_are_optimized_against_a_fixed_model(watching):
+    model = CNN()
+    image = nn.Parameter(digits("train", 2).images)
+    optimizer = torch.optim.Adam([image])
+    with watching(model, optimizer=optimizer) as watch:
+        for _ in range(2):
+            model(image).sum().backward()
+            optimizer.step()
+    assert [(f.code, str(f.severity)) for f in watch.report.findings] == [("AMP309", "warning")]
+
+
+def test_export_during_the_step(watching):
+    model = CNN()
+    optimizer = sgd(model)
+    with watching(model, optimizer=optimizer) as watch:
+        loss = model(digits("train", 2).images).sum()
+        torch.export.export(nn.Sequential(nn.Linear(4, 2), nn.ReLU(inplace=True)), (torch.zeros(2, 4),))
+        loss.backward()
+        optimizer.step()
+        model(digits("train", 2).images)
+    assert watch.report.trace.internal_error is None
+    assert watch.report.trace.training is not None
+
+
+@pytest.mark.skipif("fused" not in torch.optim.SGD.__init__.__code__.co_varnames, reason="no fused SGD")
+def test_float16_parameters_of_an_optimizer_that_unscales_itself(watching):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    with watching(model, optimizer=optimizer, scaler=scaler, ignore="AMP107,AMP310") as watch:
+        train(model, optimizer, dtype=torch.float16, scaler=scaler, steps=2)
+    assert [(f.code, str(f.severity)) for f in watch.report.findings] == [("AMP201", "warning")]
+
+
+def test_standard_error_that_nobody_reads(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, torch, ampcheck\n"
+        "read, write = os.pipe()\n"
+        "os.close(read)\n"
+        "sys.stderr = os.fdopen(write, 'w')\n"
+        "model = torch.nn.Linear(2, 1)\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "with ampcheck.watch(model, optimizer=optimizer):\n"
+        "    for _ in range(2):\n"
+        "        model(torch.ones(1, 2)).sum().backward()\n"
+        "        optimizer.step()\n"
+        "print('trained')\n"
+        "sys.stdout.flush()\n"
+        "os._exit(0)\n"
+    )
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stdout) == (0, "trained\n")

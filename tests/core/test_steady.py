@@ -104,7 +104,6 @@ def test_steady_state_does_not_copy_from_the_device(monkeypatch):
     with ampcheck.watch(model, optimizer=optimizer, emit=lambda text: None):
         train(model, optimizer, steps=2)
         evaluate(model)
-        assert read
         read.clear()
         train(model, optimizer, steps=2)
         evaluate(model)
