@@ -34,11 +34,13 @@ from lightning_digits import (  # noqa: E402
     trainer,
 )
 
+import ampcheck.integrations  # noqa: E402
 from ampcheck import RULES, AmpChecker, FindingsError  # noqa: E402
 from ampcheck.integrations.lightning import FIXES, AmpCheck  # noqa: E402
 
 PACKAGES = [pytest.param(lightning, id="lightning"), pytest.param(pytorch_lightning, id="pytorch_lightning")]
 ROOT = Path(__file__).parents[2]
+INTEGRATIONS = os.path.dirname(ampcheck.integrations.__file__)
 HARDWARE = "AMP107"
 """Whether bfloat16 is emulated is the machine's matter, not the run's."""
 
@@ -494,7 +496,7 @@ def test_model_can_be_pickled_and_copied_during_the_watch() -> None:
 def test_steady_state_makes_no_call_of_ours() -> None:
     calls: dict[int, int] = {}
     lit = digits_module(lightning)
-    ours = (str(ROOT / "core"), str(ROOT / "integrations"))
+    ours = (os.path.dirname(ampcheck.__file__), INTEGRATIONS)
 
     def profile(frame: Any, event: str, argument: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(ours):
@@ -519,7 +521,7 @@ class Broken(MixedPrecision):
 
     @property
     def scaler(self) -> Any:
-        if sys._getframe(1).f_code.co_filename.startswith(str(ROOT / "integrations")):
+        if sys._getframe(1).f_code.co_filename.startswith(INTEGRATIONS):
             raise ZeroDivisionError("of the plugin")
         return None
 
