@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -34,8 +35,8 @@ class watch:
     watched evaluation step. After them nothing is left in place. An exception that leaves the block carries a note.
 
     ``model``: the module the loop calls; ``None`` takes the first one that trains. ``optimizer`` may be several.
-    What is not given of ``optimizer`` and ``scaler`` is looked for among the objects that are alive at fit start:
-    optimizers that hold parameters of the model, and a scaler.
+    What is not given of ``optimizer`` and ``scaler`` is looked for: optimizers among the objects that are alive at fit
+    start, by the parameters they hold; the scaler is the one that the watched step uses.
     ``precision`` is what is asked for; by default, what is observed. The other options are those of ``AmpChecker``;
     ``checker`` is one made elsewhere, in place of them; ``again`` says what to call to watch so many steps, for the
     note of a failure that came after the watched ones. Raises ``TypeError`` for a model that is no module.
@@ -76,6 +77,7 @@ class watch:
         self._elsewhere: set[int] = set()
         self._forwards = 0
         self._again = again
+        self._found: dict[str, Any] = {}
         self._nodes = 0
         self._begun = 0
         self._ended = 0
@@ -111,6 +113,7 @@ class watch:
                     self._end_step()
             again = None
             with contextlib.suppress(Exception):
+                self._take_scaler()
                 again = self._watching_this_step()
             self._checker.diagnose(exc, again=again)
         ended = exc is None or isinstance(exc, SystemExit)
@@ -226,35 +229,40 @@ class watch:
         optimizers = self._optimizers or _optimizers_of(module)
         self._equipped = any(own & _held(optimizer) for optimizer in optimizers)
         self._elsewhere = set()
-        scalers = [self._scaler] if self._scaler else _alive(torch.amp.GradScaler)
-        if not self._scaler and not _float16_in_force(module):
-            # One that has scaled already was left by an earlier run.
-            scalers = [scaler for scaler in scalers if getattr(scaler, "_scale", None) is None]
-        scaler = next((s for s in scalers if s.is_enabled()), scalers[0] if scalers else None)
-        self._checker.attach(
-            module,
-            precision=self._precision or self._observed(module, scaler),
-            optimizers=optimizers,
-            scaler=scaler,
-            **self._context,
-        )
+        scaler = self._scaler
+        if scaler is None and _float16_in_force(module):
+            # Float16 is seldom meant without one. Elsewhere one that is alive may be another run's.
+            scalers = _alive(torch.amp.GradScaler)
+            scaler = next((one for one in scalers if one.is_enabled()), scalers[0] if scalers else None)
+        precision = self._precision or self._observed(module, scaler)
+        self._found = {"precision": precision, "optimizers": optimizers, "scaler": scaler}
+        self._checker.attach(module, **self._found, **self._context)
+
+    def _take_scaler(self) -> None:
+        """The scaler is known by its use, where none was given."""
+        scaler = self._step.scaler if self._step is not None else None
+        if self._scaler is None and scaler is not None and scaler is not self._found["scaler"]:
+            precision = self._precision or _shown_by(scaler, self._found["precision"])
+            self._found |= {"precision": precision, "scaler": scaler}
+            assert self._outermost is not None
+            self._checker.attach(self._outermost, **self._found, **self._context)
 
     def _observed(self, module: nn.Module, scaler: torch.amp.GradScaler | None) -> Precision:
         """The precision that the loop itself shows at its first training forward."""
         tensor = next(module.parameters(), None)
         if tensor is None or not torch.amp.is_autocast_available(tensor.device.type):
             return Precision()
-        device_type, enabled = tensor.device.type, scaler is not None and scaler.is_enabled()
+        device_type, enabled = tensor.device.type, scaler.is_enabled() if scaler is not None else None
         state = autocast_state(device_type)
         entered = [region for region in self._autocast.around if region.requested]
         if state.enabled or entered:
             region = next((r for r in entered if r.enabled == state.enabled), None)
             where = f"the autocast region at {region.site}" if region and region.site else "an autocast region"
             dtype = state.dtype if state.enabled or region is None else region.dtype
+            enabled = False if enabled is None and dtype == "float16" else enabled
             return Precision("mixed", device_type, dtype, enabled, where)
-        if enabled:
-            return Precision("mixed", device_type, None, True, f"an enabled {type(scaler).__name__}")
-        return Precision("true", device_type, dtype_name(tensor.dtype), False, explicit=False)
+        precision = Precision("true", device_type, dtype_name(tensor.dtype), False, explicit=False)
+        return precision if scaler is None else _shown_by(scaler, precision)
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # Torch goes through its hooks here: none can be removed before the next forward.
@@ -265,6 +273,7 @@ class watch:
             self._elsewhere |= held
 
     def _end_step(self, exc: BaseException | None = None) -> None:
+        self._take_scaler()
         step, self._step = self._step, None
         if step is not None:
             self._autocast.waiting = True
@@ -366,6 +375,13 @@ def _float16_in_force(module: nn.Module) -> bool:
         return False
     state = autocast_state(device_type)
     return state.enabled and state.dtype == "float16"
+
+
+def _shown_by(scaler: torch.amp.GradScaler, precision: Precision) -> Precision:
+    """``precision`` of a loop that uses ``scaler``, which is a wish for mixed precision in itself."""
+    if not scaler.is_enabled() or precision.mixed:
+        return replace(precision, scaler=scaler.is_enabled())
+    return Precision("mixed", precision.device_type, None, True, f"an enabled {type(scaler).__name__}")
 
 
 def _optimizers_of(module: nn.Module) -> list[torch.optim.Optimizer]:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 
+import torch
 from torch import nn
 
 from ampcheck.probes.autocast import AutocastProbe
@@ -99,6 +100,11 @@ class WatchedStep:
         """The step ends inside the call of ``module``, after its forward."""
         if isinstance(self._modules, ModuleProbe):
             self._modules.after(module, args, output)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The gradient scaler that the step used so far."""
+        return self._scaler.used if self._scaler is not None else None
 
     def trace(self) -> StepTrace:
         """What was seen so far. Raises the first error of a probe."""

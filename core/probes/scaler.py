@@ -46,6 +46,7 @@ class ScalerProbe:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
+        self.used: torch.amp.GradScaler | None = None
         self._events: list[_Event] = []
         self._optimizers: dict[int, tuple[int, frozenset[int]]] = {}
         self._scaled_nodes: list[Any] = []
@@ -140,6 +141,7 @@ class ScalerProbe:
 
     @contained
     def _did_scale(self, result: Any, scaler: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> None:
+        self.used = self.used or scaler
         if scaler.is_enabled():
             self._scaled_nodes += [node for tensor in _tensors(result) if (node := tensor.grad_fn) is not None]
             self._events.append(_Event("scale", calling_site()))
@@ -163,6 +165,7 @@ class ScalerProbe:
 
     @contained
     def _did_step(self, result: Any, scaler: torch.amp.GradScaler, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.used = self.used or scaler
         if not scaler.is_enabled():
             return
         self._recognise(scaler)

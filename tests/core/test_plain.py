@@ -37,7 +37,7 @@ def test_healthy_loop_gets_one_line_a_stage(watching, told):
         train(model, optimizer)
         evaluate(model)
     assert told == [
-        "ampcheck  mixed bfloat16 on cpu, loss scaling off · 1.4 k parameters float32 · 7 modules · no findings",
+        "ampcheck  mixed bfloat16 on cpu · 1.4 k parameters float32 · 7 modules · no findings",
         "ampcheck  watched training step · 7 module calls, 7 under autocast bfloat16 · no findings",
         "ampcheck  watched evaluation step · 7 module calls, 7 under autocast bfloat16 · no findings",
     ]
@@ -317,6 +317,27 @@ def test_scaler_left_from_an_earlier_run_is_no_wish(watching):
     with watching(model, ignore="AMP107,AMP105") as watch:
         train(model, optimizer, dtype=None)
     assert watch.report.findings == ()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_scaler_that_the_step_does_not_use_is_no_wish(watching, dtype):
+    """A framework made it, or a notebook's earlier cell."""
+    scaler, model = torch.amp.GradScaler("cpu"), CNN()
+    with watching(model, optimizer=(optimizer := sgd(model)), ignore="AMP107,AMP105") as watch:
+        train(model, optimizer, dtype=dtype)
+    assert watch.report.findings == ()
+    assert watch.report.trace.scaler is None
+    assert scaler.is_enabled()
+
+
+@pytest.mark.parametrize(("dtype", "code"), [(None, "AMP101"), (torch.bfloat16, "AMP302")])
+def test_scaler_is_known_by_its_use(watching, dtype, code):
+    model, scaler = CNN(), torch.amp.GradScaler("cpu")
+    optimizer = sgd(model)
+    with watching(model, ignore="AMP107,AMP105") as watch:
+        train(model, optimizer, dtype=dtype, scaler=scaler)
+    assert [finding.code for finding in watch.report.findings] == [code]
+    assert watch.report.trace.precision.scaler
 
 
 def test_optimizer_left_from_an_earlier_run_is_not_this_ones(watching):

@@ -229,6 +229,7 @@ def test_a_healthy_run_replays_nothing() -> None:
     run = Run(DigitNet(100))
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         run.train()
+    run.checker.detach()
     assert run.model.calls == len(run.loader)
     assert run.states == []
     assert run.checker.report is not None
