@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
+from ampcheck.launch import module_exists
 from ampcheck.rule import Rule
 from ampcheck.rules import RULES
 
@@ -49,6 +50,8 @@ def run(
     script, *args = target
     if not module and not Path(script).is_file():
         raise typer.BadParameter(f"there is no script {script!r}")
+    if module and not module_exists(script):
+        raise typer.BadParameter(f"there is no module {script!r}")
     if json is not None:
         _require_writable(json)
     try:

@@ -6,6 +6,7 @@ import __future__
 import ast
 import builtins
 import functools
+import importlib.util
 import operator
 import os
 import runpy
@@ -43,6 +44,16 @@ def run_script(path: str, args: Sequence[str], *, before_main: Callable[[ModuleT
         flags = top.co_flags
         whole.body = whole.body[guard:]
     exec(_compiled(whole, path, flags), main.__dict__)
+
+
+def module_exists(name: str) -> bool:
+    """Whether ``python -m`` would find the module ``name``. Packages around it are imported, as it would."""
+    sys.path[0] = str(Path.cwd())
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        # A package around it may lack one of its own: that is for the run to show.
+        return not f"{name}.".startswith(f"{error.name}.")
 
 
 def run_module(name: str, args: Sequence[str]) -> None:

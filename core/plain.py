@@ -24,7 +24,7 @@ from ampcheck.probes.compiled import on_call
 from ampcheck.report import Report
 from ampcheck.step import WatchedStep
 from ampcheck.trace import Host
-from ampcheck.walk import dtype_name, has_autocast_cache_fault, is_compiled, unwrapped
+from ampcheck.walk import anything_compiled, dtype_name, has_autocast_cache_fault, is_compiled, unwrapped
 
 
 class watch:
@@ -132,6 +132,8 @@ class watch:
             self._attach(self._model)
             return
         reason = "no call of a module that trains was seen"
+        if anything_compiled():
+            reason += "; a training step that is compiled as a whole (`@torch.compile`) shows none"
         self._checker.nothing_seen(reason, emit=self._context["emit"], directory=self._context["directory"])
 
     def _contained(self, hook: Callable[..., None]) -> Callable[..., None]:

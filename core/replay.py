@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import re
 import sys
@@ -18,13 +19,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ampcheck.walk import unwrapped
+from ampcheck.autograd import leaves_behind, tensors_in
 
 T = TypeVar("T")
 
 Step = Callable[[], Any]
 
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
+_MORE_DRAWS = 4
 _NUMBERS = re.compile(r"\d+")
 
 
@@ -38,28 +40,6 @@ class Replay(Generic[T]):
     said: str
 
 
-class Capture:
-    """What a step needs to be run again: the random state at its start, and which parameters required grad.
-
-    ``mark`` is called immediately before the host calls the model, in each step: constant time, no tensor of the
-    model touched. The flags are taken once, since a step that died may have left parameters frozen.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in unwrapped(model).parameters()]
-        self._random = _random_state()
-
-    def mark(self) -> None:
-        self._random = _random_state()
-
-    def apply(self, *, flags: bool) -> None:
-        _set_random_state(self._random)
-        if flags:
-            for parameter, required in self._requires_grad:
-                if parameter.is_leaf:
-                    parameter.requires_grad_(required)
-
-
 def replay(
     step: Step,
     examine: Callable[[BaseException | None], T],
@@ -67,7 +47,6 @@ def replay(
     model: nn.Module,
     error: BaseException,
     probes: Callable[[], AbstractContextManager[Any]],
-    capture: Capture | None = None,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     scaler: torch.amp.GradScaler | None = None,
 ) -> Replay[T]:
@@ -75,7 +54,8 @@ def replay(
 
     ``step`` computes the loss of the failing batch the way its host does, on the unwrapped module, and returns it:
     a tensor, or tensors in lists, tuples and dicts, of which those with a graph are differentiated. It runs no
-    backward pass itself, but where the host leaves that to the user. Afterwards these are as before, bit for bit:
+    backward pass itself, but where the host leaves that to the user. A step that draws random numbers and does not
+    fail again is given others, a few times. Afterwards these are as before, bit for bit:
     parameters, buffers, gradients (the same tensors), optimizers, scaler, random states, training and
     ``requires_grad`` flags, hooks, and what modules hold as plain attributes. No collective is called.
 
@@ -85,14 +65,17 @@ def replay(
     if reason:
         return Replay(None, False, f"the failing batch was not replayed: {reason}")
     try:
-        outcome = _run(step, examine, model, probes, capture, list(optimizers), scaler, flags=False)
-        if capture is not None and outcome[0] is not None and not _alike(outcome[0], error):
-            outcome = _run(step, examine, model, probes, capture, list(optimizers), scaler, flags=True)
+        run = functools.partial(_run, step, examine, model, probes, list(optimizers), scaler)
+        raised, seen, drew = run(None)
+        for seed in range(_MORE_DRAWS if drew and not _alike(raised, error) else 0):
+            again, seen_again, _ = run(seed)
+            if _alike(again, error):
+                raised, seen = again, seen_again
+                break
     except (MemoryError, torch.OutOfMemoryError):
         return Replay(None, False, "a replay of the failing batch ran out of memory")
     except Exception as fault:  # noqa: BLE001 - the user's exception stays in front
         return Replay(None, False, f"the failing batch could not be replayed: {_line(fault)}")
-    raised, seen = outcome
     if raised is None:
         return Replay(seen, False, "a replay of the failing batch did not fail")
     if _alike(raised, error):
@@ -105,20 +88,20 @@ def _run(
     examine: Callable[[BaseException | None], T],
     model: nn.Module,
     probes: Callable[[], AbstractContextManager[Any]],
-    capture: Capture | None,
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler | None,
-    *,
-    flags: bool,
-) -> tuple[Exception | None, T]:
+    seed: int | None,
+) -> tuple[Exception | None, T, bool]:
+    """What the step raised, what was seen of it, and whether it drew random numbers."""
     with ExitStack() as stack:
         stack.enter_context(_everything_put_back(model, optimizers, scaler))
         stack.enter_context(_one_process())
         stack.enter_context(_eager())
         stack.enter_context(warnings.catch_warnings(record=True))
         stack.enter_context(_own_autocast_cache())
-        if capture is not None:
-            capture.apply(flags=flags)
+        if seed is not None:
+            _draw_from(seed)
+        before = _random_state()
         raised: Exception | None = None
         with torch.enable_grad():
             try:
@@ -130,43 +113,17 @@ def _run(
                 raised = error
             # The graph lives in the frames of what was raised: read it now.
             seen = examine(raised)
-        return raised, seen
+        return raised, seen, not _same_random_state(before, _random_state())
 
 
 def _differentiate(result: Any) -> None:
     """What backward would do, but that gradients go nowhere: hooks that wait for them (a reducer's) are not called."""
-    losses = [loss for loss in _tensors(result) if loss.grad_fn is not None]
+    losses = [loss for loss in tensors_in(result) if loss.grad_fn is not None]
     if not losses:
-        losses = [loss for loss in _tensors(result) if loss.is_floating_point()][:1]
+        losses = [loss for loss in tensors_in(result) if loss.is_floating_point()][:1]
     if losses:
-        leaves = _leaves(losses)
+        leaves = list(leaves_behind(losses))
         torch.autograd.grad(losses, leaves or losses, [torch.ones_like(loss) for loss in losses], allow_unused=True)
-
-
-def _leaves(losses: list[torch.Tensor]) -> list[torch.Tensor]:
-    leaves: list[torch.Tensor] = []
-    pending: list[Any] = [loss.grad_fn for loss in losses]
-    seen: set[Any] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(variable := getattr(node, "variable", None), torch.Tensor):
-            leaves.append(variable)
-        pending += [following for following, _ in node.next_functions]
-    return leaves
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _why_not(model: nn.Module, error: BaseException) -> str | None:
@@ -182,7 +139,7 @@ def _why_not(model: nn.Module, error: BaseException) -> str | None:
     return None
 
 
-def _alike(one: BaseException, other: BaseException) -> bool:
+def _alike(one: BaseException | None, other: BaseException) -> bool:
     """The same failure: versions and addresses in the text may differ."""
     return type(one) is type(other) and _NUMBERS.sub("#", str(one)) == _NUMBERS.sub("#", str(other))
 
@@ -357,3 +314,16 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
     random.setstate(of_python)
     if of_numpy is not None:
         sys.modules["numpy"].random.set_state(of_numpy)
+
+
+def _same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    same = torch.equal(one[0], other[0]) and all(map(torch.equal, one[1] or (), other[1] or ()))
+    of_numpy = one[3] is None or (one[3][2] == other[3][2] and bool((one[3][1] == other[3][1]).all()))
+    return same and one[2] == other[2] and of_numpy
+
+
+def _draw_from(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)

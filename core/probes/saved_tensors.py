@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ampcheck.autograd import nodes_behind
 from ampcheck.probes.writes import GraphOp, Overwrite, WriteProbe, is_copy_slices, saved_slots, slot_value
 from ampcheck.trace import GraphTrace, StaleTensor
 from ampcheck.walk import dtype_name
@@ -33,6 +34,7 @@ def graph_trace(probe: WriteProbe, error: BaseException | None = None, *, replay
         tuple(site for site in cut if site is not None),
         probe.hooked,
         replay,
+        probe.written_views(),
     )
 
 
@@ -44,7 +46,7 @@ def stale_tensors(error: BaseException, probe: WriteProbe) -> tuple[StaleTensor,
     """
     found: list[tuple[bool, int, StaleTensor]] = []
     hidden: list[tuple[bool, int, StaleTensor]] = []
-    for node in _nodes(_roots(error)):
+    for node in nodes_behind(_roots(error)):
         op = probe.op_of(node)
         if op is not None and op.hooks:
             continue
@@ -73,18 +75,6 @@ def _roots(error: BaseException) -> tuple[torch.Tensor, ...]:
             roots = tuple(t for t in frame.f_locals.get("t_outputs", ()) if isinstance(t, torch.Tensor))
         traceback = traceback.tb_next
     return roots
-
-
-def _nodes(roots: tuple[torch.Tensor, ...]) -> Iterator[Any]:
-    pending = [root.grad_fn for root in roots]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        pending += [following for following, _ in node.next_functions]
-        yield node
 
 
 def _stale_tensor(node: Any, slot: str, raw: Any, message: str, op: GraphOp | None, probe: WriteProbe) -> StaleTensor:
@@ -126,7 +116,7 @@ def _behind(node: Any, op: GraphOp, message: str, probe: WriteProbe) -> Iterator
     saved, found = _versions(message)
     for key in op.keys:
         writes = _counted(probe, key, op, saved, found)
-        if writes and writes[-1].after == found:
+        if any(write.after == found for write in writes):
             dtype = dtype_name(writes[0].dtype)
             yield probe.told(op, node, None, key, dtype, _shape(message) or (), writes, versions=(saved, found))
 
@@ -145,5 +135,6 @@ def _shape(message: str) -> tuple[int, ...] | None:
 
 def _counted(probe: WriteProbe, key: int | None, op: GraphOp | None, saved: int, found: int) -> list[Overwrite]:
     """The writes that took a tensor from version ``saved`` to ``found``."""
-    writes = probe.writes(key, op.event if op else 0)
+    # `x.mul_(x)` saves what it writes to itself.
+    writes = probe.writes(key, op.event - 1 if op else 0)
     return [write for write in writes if write.version is not None and saved <= write.version < found]

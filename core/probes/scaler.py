@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ampcheck.autograd import leaves_behind, nodes_behind, tensors_in
 from ampcheck.probes.containment import contained, hide_frame
 from ampcheck.source import calling_site
 from ampcheck.trace import ScalerCall, Site
@@ -143,7 +143,7 @@ class ScalerProbe:
     def _did_scale(self, result: Any, scaler: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> None:
         self.used = self.used or scaler
         if scaler.is_enabled():
-            self._scaled_nodes += [node for tensor in _tensors(result) if (node := tensor.grad_fn) is not None]
+            self._scaled_nodes += [node for tensor in tensors_in(result) if (node := tensor.grad_fn) is not None]
             self._events.append(_Event("scale", calling_site()))
 
     @contained
@@ -189,10 +189,9 @@ class ScalerProbe:
     def _will_go_back(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
         if torch._C._current_graph_task_id() != -1 or any(gradient is not None for gradient in _listed(grad_tensors)):
             return
-        roots = [node for tensor in _tensors(tensors) if (node := tensor.grad_fn) is not None]
-        scaled = any(any(node is one for one in self._scaled_nodes) for node in _nodes(roots, _NEAR))
-        leaves = frozenset() if scaled else _leaves(roots)
-        factors = frozenset() if scaled else _factors(_nodes(roots, _NEAR))
+        scaled = any(any(node is one for one in self._scaled_nodes) for node in nodes_behind(tensors, _NEAR))
+        leaves = frozenset() if scaled else frozenset(map(id, leaves_behind(tensors)))
+        factors = frozenset() if scaled else _factors(tensors)
         self._events.append(_Event("backward", calling_site(), tensors=leaves, scaled=scaled, factors=factors))
 
     def _recognise(self, scaler: torch.amp.GradScaler) -> None:
@@ -233,38 +232,18 @@ def _listed(values: Any) -> Iterable[Any]:
     return values if isinstance(values, (list, tuple)) else (values,)
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in _listed(values):
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-def _nodes(roots: Iterable[Any], most: int | None = None) -> Iterator[Any]:
-    """The nodes of the graph behind ``roots``, nearest first; at most ``most`` of them."""
-    pending, seen = deque(roots), set[Any]()
-    while pending and (most is None or len(seen) < most):
-        node = pending.popleft()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        pending.extend(following for following, _ in node.next_functions if following is not None)
-
-
-def _factors(nodes: Iterable[Any]) -> frozenset[int]:
-    """The storages of the numbers that tensors were multiplied by."""
+def _factors(tensors: Any) -> frozenset[int]:
+    """The storages of the numbers that tensors were multiplied by. What was saved under hooks is left alone: to look
+    at it runs them, and a checkpoint would compute its forward again."""
+    # Older PyTorch does not tell: there the loss itself has to be the product.
+    near = _NEAR if hasattr(torch._C._autograd.SavedTensor, "unpack_hook") else len(list(tensors_in(tensors)))
     found = set()
-    for node in nodes:
+    for node in nodes_behind(tensors, near):
         if node.name() in ("Mul", "MulBackward0"):
             # Freed, or written since: then it is not the scale.
             with contextlib.suppress(RuntimeError):
-                other = node._saved_other
+                hooked = getattr(node._raw_saved_other, "unpack_hook", None) is not None
+                other = None if hooked else node._saved_other
                 if other is not None and other.dim() == 0:
                     found.add(other.untyped_storage()._cdata)
     return frozenset(found)
-
-
-def _leaves(roots: Iterable[Any]) -> frozenset[int]:
-    return frozenset(id(node.variable) for node in _nodes(roots) if hasattr(node, "variable"))

@@ -308,11 +308,14 @@ def test_module(run, tmp_path):
     assert told.status == 0
 
 
-def test_missing_module(run):
-    told = run("run", "-m", "no_such_module_at_all")
-    assert told.status in (1, 2)
-    assert "no_such_module_at_all" in told.err.splitlines()[-1]
-    assert "ampcheck/" not in told.err
+def test_module_whose_package_cannot_be_imported(run, tmp_path):
+    package = tmp_path / "unfinished"
+    package.mkdir()
+    (package / "__init__.py").write_text("import no_such_dependency\n")
+    (package / "run.py").write_text("")
+    told = run("run", "-m", "unfinished.run")
+    assert told.status == 1
+    assert told.err.splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_dependency'"
 
 
 def test_syntax_error_in_the_script(run):
@@ -373,6 +376,8 @@ def test_chained_exceptions_lose_our_frames_too(run):
     [
         (["run"], "SCRIPT"),
         (["run", "missing.py"], "missing.py"),
+        (["run", "-m", "no_such_module"], "no_such_module"),
+        (["run", "-m", "no_such_package.run"], "no_such_package.run"),
         (["run", "."], "."),
         (["run", "--select", "AMP999", "train.py"], "AMP999"),
         (["run", "--ignore", "XYZ", "train.py"], "XYZ"),

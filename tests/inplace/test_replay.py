@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ampcheck.probes.saved_tensors import graph_trace
 from ampcheck.probes.writes import WriteProbe
-from ampcheck.replay import Capture, Replay, replay
+from ampcheck.replay import Replay, replay
 from ampcheck.trace import GraphTrace
 
 
@@ -51,12 +51,10 @@ class Run:
         self.model = Net(fails=fails)
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.scaler = torch.amp.GradScaler("cpu")
-        self.capture = Capture(self.model)
         self.batch = torch.linspace(-1, 1, 12).reshape(3, 4)
         self.error: Exception | None = None
         try:
             for _ in range(3):
-                self.capture.mark()
                 loss = self.model(self.batch)
                 self.scaler.scale(loss).backward()
                 self.scaler.step(self.optimizer)
@@ -83,14 +81,13 @@ class Run:
         }
 
     def replay(self, step: Any = None) -> Replay[GraphTrace]:
-        probe = WriteProbe(self.model, lambda: None, lineage=True)
+        probe = WriteProbe(self.model, lambda: None)
         return replay(
             step or (lambda: self.model(self.batch)),
             lambda raised: graph_trace(probe, raised),
             model=self.model,
             error=self.error or RuntimeError("nothing"),
             probes=lambda: probe,
-            capture=self.capture,
             optimizers=[self.optimizer],
             scaler=self.scaler,
         )
@@ -112,21 +109,36 @@ def test_sees_what_the_step_did_and_puts_everything_back() -> None:
     assert run.state() == before
 
 
-def test_computes_the_failing_loss_to_the_bit() -> None:
+def test_a_step_that_draws_random_numbers_gets_more_than_one_try() -> None:
     run = Run()
-    losses: list[float] = []
+    before = run.state()
+    tries: list[bool] = []
 
     def step() -> torch.Tensor:
-        loss = run.model(run.batch)
-        losses.append(float(loss.detach()))
-        return loss
+        fails = len(tries) == 2
+        tries.append(fails)
+        torch.rand(1)
+        x = torch.relu(run.model.head.weight)
+        return (x.mul_(2) if fails else x * 2).sum()
 
-    # The third loss was computed before the write made backward fail.
-    failing = run.model.losses[2]
-    run.model.calls = 2
-    run.replay(step)
+    result = run.replay(step)
+    assert tries == [False, False, True]
+    assert result.failed_again
+    assert result.seen is not None
+    assert len(result.seen.stale) == 1
+    assert run.state() == before
 
-    assert losses == [failing]
+
+def test_a_step_that_draws_nothing_is_run_once() -> None:
+    run = Run()
+    calls: list[int] = []
+
+    def step() -> torch.Tensor:
+        calls.append(1)
+        return run.model.head.weight.sum()
+
+    assert not run.replay(step).failed_again
+    assert calls == [1]
 
 
 def test_says_when_nothing_fails_again() -> None:
@@ -158,16 +170,6 @@ def test_optimizer_steps_and_hooks_of_a_replay_are_undone() -> None:
 
     assert result.said == "a replay of the failing batch failed otherwise: KeyError: 'otherwise'"
     assert run.state() == before
-
-
-def test_parameters_that_the_dead_step_left_frozen() -> None:
-    run = Run()
-    run.model.requires_grad_(False)
-
-    result = run.replay()
-
-    assert result.failed_again
-    assert not any(parameter.requires_grad for parameter in run.model.parameters())
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
