@@ -9,6 +9,7 @@ from ampcheck.report import Report
 from ampcheck.rule import Evidence, Finding, Rule, Severity, rule
 from ampcheck.rules import RULES
 from ampcheck.trace import Host, Site, Trace
+from ampcheck.walk import unwrapped
 
 __version__ = "0.1.0"
 
@@ -34,5 +35,6 @@ __all__ = [
     "run_module",
     "run_script",
     "show_exception",
+    "unwrapped",
     "watch",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -31,7 +31,15 @@ from ampcheck.rules.internal_error import internal_error
 from ampcheck.selection import judge, reaching, selected, threshold
 from ampcheck.step import WatchedStep, merged
 from ampcheck.trace import Failure, GraphTrace, Host, Phase, StepTrace, Trace
-from ampcheck.walk import environment, examine_optimizer, examine_scaler, is_compiled, unwrapped, walk
+from ampcheck.walk import (
+    environment,
+    examine_optimizer,
+    examine_scaler,
+    is_compiled,
+    precision_by_policy,
+    unwrapped,
+    walk,
+)
 
 REPORT_NAME = "ampcheck.json"
 _NOTE_HEAD = f"{NAME}: what is known of this failure"
@@ -89,6 +97,9 @@ class AmpChecker:
     ) -> None:
         if isinstance(watch_steps, bool) or not isinstance(watch_steps, int) or watch_steps < 0:
             raise ValueError(f"watch_steps must be a number of steps, 0 or more, not {watch_steps!r}")
+        select, ignore = (codes if isinstance(codes, str) else tuple(codes) for codes in (select, ignore))
+        self._options: dict[str, Any] = {"select": select, "ignore": ignore, "fail_on": fail_on}
+        self._options |= {"watch_steps": watch_steps, "report": report}
         self._rules = selected(select, ignore)
         self._fail_on = threshold(fail_on)
         self._watch_steps = watch_steps
@@ -112,6 +123,11 @@ class AmpChecker:
         self._scaler: torch.amp.GradScaler | None = None
         self._off = False
         self._unwritable = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """A copy of the options that it was made with, by name."""
+        return dict(self._options)
 
     @property
     def report(self) -> Report | None:
@@ -146,19 +162,20 @@ class AmpChecker:
         Called again before ``detach`` it looks anew at what it is given, and reports only what is new. ``None``:
         AmpCheck failed and switched itself off. Raises ``FindingsError``.
         """
-        again = self._model is not None
-        if not again:
-            self._reset()
-        if self._off:
-            return None
         try:
+            again = self._model is not None
+            if not again:
+                self._reset()
+            if self._off:
+                return None
             self._emit, self._directory = emit, Path(directory) if directory is not None else None
             self._entry, self._model = model, unwrapped(model)
             self._optimizers, self._scaler = list(optimizers), scaler
             info = replace(walk(self._model), compiled=is_compiled(model))
+            scaling = scaler is not None and scaler.is_enabled()
             self._trace = replace(
                 self._trace,
-                precision=precision or Precision(),
+                precision=precision_by_policy(info, precision or Precision(), scaling),
                 environment=environment(),
                 host=host,
                 model=info,
@@ -169,10 +186,24 @@ class AmpChecker:
             if not again:
                 self._expect(info.device_type)
             self._judge("fit start", lambda findings: fit_line(self._trace, findings), quiet=again)
+            self._enforce()
+        except FindingsError:
+            raise
         except Exception as error:  # noqa: BLE001 - promise: it never makes training fail
             self.switch_off(error)
-        self._enforce()
         return None if self._off else self._report
+
+    def scaled_by(self, scaler: torch.amp.GradScaler, precision: Precision) -> None:
+        """The gradient scaler of the run showed itself in a step that is being watched, and with it what is asked
+        for. What is judged from now on takes them into account."""
+        if self._off or self._trace.model is None:
+            return
+        try:
+            self._scaler = scaler
+            precision = precision_by_policy(self._trace.model, precision, scaler.is_enabled())
+            self._trace = replace(self._trace, scaler=examine_scaler(scaler), precision=precision)
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
 
     def training_step(self, autocast: AutocastProbe | None = None) -> AbstractContextManager[object]:
         """Probes around a training step while steps are left to watch, else nothing.
@@ -207,9 +238,9 @@ class AmpChecker:
         failing step: a command or a call. An exception is diagnosed once, and one that has nothing to do with
         precision or autograd gets no note.
         """
-        if self._off or not isinstance(error, Exception) or isinstance(error, FindingsError):
-            return
         try:
+            if self._off or not isinstance(error, Exception) or isinstance(error, FindingsError):
+                return
             if getattr(error, _DIAGNOSED, False):
                 return
             with contextlib.suppress(AttributeError):
@@ -217,6 +248,9 @@ class AmpChecker:
             if sys.version_info < (3, 11):
                 hide_frames(error)
             failure = examine(error, model=self._model, phase=phase, step=step)
+            if "internal_error" in failure.fields:
+                self.switch_off(RuntimeError(f"{failure.fields['internal_error']}, while a failure was examined"))
+                return
             trace = replace(self._trace, failure=failure)
             # A step that died is no watched step, but what it showed explains the failure.
             watched = [self._died, *(Seen(step.phase, step.trace(), step.graph(error)) for step in self._open)]
@@ -291,8 +325,11 @@ class AmpChecker:
 
     def start_over(self) -> None:
         """What was attached is not the model that trains: forget it, and what was seen of it."""
-        self._abandon()
-        self._reset()
+        try:
+            self._abandon()
+            self._reset()
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
 
     def nothing_seen(
         self, reason: str, *, emit: Emit | None = None, directory: str | os.PathLike[str] | None = None
@@ -310,21 +347,26 @@ class AmpChecker:
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
-    def switch_off(self, error: Exception) -> None:
-        """A fault of AmpCheck's own: one warning, and nothing more of it in this run."""
+    def switch_off(self, error: Exception, *, emit: Emit | None = None) -> None:
+        """A fault of AmpCheck's own: one warning, and nothing more of it in this run. ``emit`` takes the warning where
+        ``attach`` has not said yet who does."""
+        if self._off:
+            return
         self._off = True
+        self._emit = self._emit or emit
         self._training_left = 0
         self._evaluation_left = False
-        self._abandon()
-        self._trace = replace(self._trace, internal_error=f"{type(error).__name__}: {error}")
+        said = f"{type(error).__name__}: {error}"
         try:
+            self._abandon()
+            self._trace = replace(self._trace, internal_error=said)
             findings, not_judged = judge(self._trace, [internal_error])
             self._report = Report(self._trace, findings, not_judged)
             for finding in findings:
                 self._say(render_finding(finding, self._trace))
         except Exception:  # noqa: BLE001
             with contextlib.suppress(Warning):
-                text = f"AmpCheck switched itself off: {self._trace.internal_error}"
+                text = f"AmpCheck switched itself off: {said}"
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def _expect(self, device_type: str) -> None:
@@ -373,10 +415,12 @@ class AmpChecker:
                 self._died = seen
             elif seen.step is not None and seen.step.calls:
                 self._take(seen.phase, seen.step, seen.graph)
+            if error is None:
+                self._enforce()
+        except FindingsError:
+            raise
         except Exception as fault:  # noqa: BLE001
             self.switch_off(fault)
-        if error is None:
-            self._enforce()
 
     def _take(self, phase: Phase, seen: StepTrace, graph: GraphTrace | None) -> None:
         seen = merged(self._trace.training if phase == "training" else self._trace.evaluation, seen)
@@ -390,12 +434,14 @@ class AmpChecker:
 
     def _judge(self, stage: str, line: Callable[[tuple[Finding, ...]], Text], *, quiet: bool = False) -> None:
         findings, not_judged = judge(self._trace, self._rules)
-        self._heard |= gather(stage, findings)
-        if rank() == 0:
-            findings = merged_findings(self._heard)
-        self._report = Report(self._trace, findings, not_judged)
-        new = tuple(finding for finding in findings if finding not in self._told)
-        self._told += new
+        heard = gather(stage, findings) or {rank(): findings}
+        self._heard |= heard
+        pairs = merged_findings(self._heard, heard)
+        self._report = Report(self._trace, tuple(telling for _, telling in pairs), not_judged)
+        # Which ranks are heard in time differs from stage to stage, and so does what is said of them.
+        unsaid = [pair for pair in pairs if pair[0] not in self._told]
+        self._told += [finding for finding, _ in unsaid]
+        new = tuple(telling for _, telling in unsaid)
         if rank() != 0:
             return
         if new or not quiet:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,7 +92,12 @@ def explain(code: Annotated[str, typer.Argument(help="A rule's code or name.")])
 @app.command()
 def compare(
     factory: Annotated[
-        str, typer.Argument(metavar="FACTORY", help="`package.module:function`, which returns (model, inputs).")
+        str,
+        typer.Argument(
+            metavar="FACTORY",
+            help="`package.module:function`, which returns (model, inputs), or (model, inputs, options) with a mapping "
+            "of further options of `ampcheck.compare`.",
+        ),
     ],
     exported: Annotated[str, typer.Argument(metavar="EXPORTED", help="The exported model: a .pt, .pt2 or .onnx file.")],
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the report to FILE as JSON.")] = None,
@@ -113,8 +120,8 @@ def compare(
         _require_writable(path)
     try:
         limit = threshold(fail_on)
-        model, inputs = _made(factory)
-        report = compare_export(model, exported, inputs, select=select, ignore=ignore)
+        model, inputs, options = _made(factory)
+        report = compare_export(model, exported, inputs, select=select, ignore=ignore, **options)
         Console(soft_wrap=True, highlight=False).print(render_report(report))
         if json is not None:
             report.write(json)
@@ -165,14 +172,16 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _made(factory: str) -> tuple[Any, Any]:
-    """The model and the inputs that ``package.module:function`` returns. Modules are looked for in the working
-    directory too. Raises ``ValueError``."""
+def _made(factory: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, the inputs and the options that ``package.module:function`` returns. Modules are looked for in the
+    working directory too. Raises ``ValueError``."""
+    from ampcheck.export import compare as compare_export
+
     module, _, name = factory.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module), name)()
-        model, inputs = made
+        model, inputs, *more = made
     except Exception as error:
         lines = str(error).splitlines() or [""]
         raise ValueError(
@@ -182,7 +191,18 @@ def _made(factory: str) -> tuple[Any, Any]:
         sys.path.remove(os.getcwd())
     if not hasattr(model, "named_modules"):
         raise ValueError(f"the factory {factory!r} returns a {type(model).__name__} where the model belongs")
-    return model, inputs
+    if len(more) > 1 or not all(isinstance(given, Mapping) for given in more):
+        raise ValueError(
+            f"the factory {factory!r} returns more than a model, its inputs and one mapping of options: "
+            f"{', '.join(type(given).__name__ for given in made)}"
+        )
+    options = {str(key): value for given in more for key, value in given.items()}
+    taken = inspect.signature(compare_export).parameters.values()
+    known = {option.name for option in taken if option.kind is option.KEYWORD_ONLY}
+    unknown = sorted(set(options) - (known - set(inspect.signature(compare).parameters)))
+    if unknown:
+        raise ValueError(f"the factory {factory!r} gives an option that there is not: {', '.join(unknown)}")
+    return model, inputs, options
 
 
 def _hosts() -> list[str]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from traceback import walk_tb
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,7 @@ from ampcheck.checker import AmpChecker, Emit, FindingsError
 from ampcheck.precision import Precision
 from ampcheck.probes.autocast import AutocastProbe, autocast_state
 from ampcheck.probes.compiled import on_call
+from ampcheck.probes.containment import bare, undo
 from ampcheck.report import Report
 from ampcheck.step import WatchedStep
 from ampcheck.trace import Host
@@ -75,6 +77,7 @@ class watch:
         self._optimized = False
         self._equipped = False
         self._elsewhere: set[int] = set()
+        self._fault: Exception | None = None
         self._forwards = 0
         self._again = again
         self._found: dict[str, Any] = {}
@@ -89,6 +92,16 @@ class watch:
         return self._checker.report
 
     def __enter__(self) -> watch:
+        try:
+            self._begin()
+        except Exception as error:  # noqa: BLE001 - promise: it never makes training fail
+            self._give_up(error)
+        except BaseException:
+            self._let_go()
+            raise
+        return self
+
+    def _begin(self) -> None:
         self._place = os.getpid(), threading.get_ident()
         self._step = self._outermost = None
         self._optimized = False
@@ -96,35 +109,63 @@ class watch:
         self._autocast.waiting = True
         # It enters autocast itself, once: not under the probe.
         has_autocast_cache_fault()
-        self._training.enter_context(self._autocast)
+        # Ahead of its entry, which may fail half-way.
+        self._training.callback(undo, self._autocast.__exit__, None, None, None)
+        self._autocast.__enter__()
         self._training.callback(self._listening.close)
         self._listen()
-        self._training.callback(register_optimizer_step_post_hook(self._contained(self._stepped)).remove)
+        self._training.callback(register_optimizer_step_post_hook(self._stepped).remove)
         self._await_evaluation()
-        return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if exc is not None:
-            if self._optimized:
-                # The step was complete when something else raised.
-                with contextlib.suppress(FindingsError):
-                    self._end_step()
-            again = None
-            with contextlib.suppress(Exception):
-                self._take_scaler()
-                again = self._watching_this_step()
-            self._checker.diagnose(exc, again=again)
         ended = exc is None or isinstance(exc, SystemExit)
         try:
-            self._end_step(None if ended else exc)
+            if exc is not None:
+                with contextlib.suppress(FindingsError):
+                    self._safely(self._end_if_complete, exc)
+                again = None
+                with contextlib.suppress(Exception):
+                    self._take_scaler()
+                    again = self._watching_this_step()
+                self._checker.diagnose(exc, again=again)
+            if self._fault is not None:
+                self._give_up(self._fault)
+            self._safely(self._end_step, None if ended else exc)
             if self._outermost is None and ended:
                 self._contained(self._never_trained)()
         finally:
-            self._training.close()
-            self._evaluation.close()
-            self._checker.detach()
+            try:
+                self._let_go()
+            finally:
+                self._checker.detach()
+
+    def _end_if_complete(self, exc: BaseException) -> None:
+        """End the step where it was complete when something else raised. One with two optimizers may not be."""
+        if self._optimized and not _left_backward(exc):
+            self._end_step()
+
+    def _let_go(self) -> None:
+        """Remove everything. What one removal raises keeps no other from being done."""
+        for stack in (self._training, self._evaluation):
+            try:
+                stack.close()
+            except Exception as error:  # noqa: BLE001
+                self._checker.switch_off(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._let_go()
+        self._checker.switch_off(error)
+
+    def _safely(self, method: Callable[..., None], *args: Any) -> None:
+        """Call ``method``, which can raise nothing then but ``FindingsError``."""
+        try:
+            method(*args)
+        except FindingsError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            self._give_up(error)
 
     def _never_trained(self) -> None:
         """Silence is never ambiguous: what can be told without a training step, or that nothing can."""
@@ -143,14 +184,7 @@ class watch:
             # What Dynamo traces must be the user's program alone.
             if torch.compiler.is_dynamo_compiling() or (os.getpid(), threading.get_ident()) != self._place:
                 return
-            try:
-                hook(*args)
-            except FindingsError:
-                raise
-            except Exception as error:  # noqa: BLE001
-                self._training.close()
-                self._evaluation.close()
-                self._checker.switch_off(error)
+            self._safely(hook, *args)
 
         return call
 
@@ -163,7 +197,7 @@ class watch:
 
         def compile(module: nn.Module, *args: Any, **kwargs: Any) -> None:
             compile_in_place(module, *args, **kwargs)
-            self._listening.callback(on_call(module, self._contained(self._called)))
+            self._safely(self._listen_beside, module)
 
         nn.Module.compile = compile  # type: ignore[assignment, method-assign]
         self._listening.callback(setattr, nn.Module, "compile", compile_in_place)
@@ -172,9 +206,14 @@ class watch:
     def _listen_to(self, module: nn.Module) -> None:
         """The same for one module alone: global hooks would be compiled into a compiled one."""
         self._listening.close()
-        self._listening.callback(on_call(module, self._contained(self._called)))
+        self._listen_beside(module)
+
+    def _listen_beside(self, module: nn.Module) -> None:
+        self._listening.callback(undo, on_call(module, self._contained(self._called)))
 
     def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._fault is not None:
+            raise self._fault
         if self._outermost is None:
             if not self._begins_training(module):
                 return
@@ -244,10 +283,8 @@ class watch:
         """The scaler is known by its use, where none was given."""
         scaler = self._step.scaler if self._step is not None else None
         if self._scaler is None and scaler is not None and scaler is not self._found["scaler"]:
-            precision = self._precision or _shown_by(scaler, self._found["precision"])
-            self._found |= {"precision": precision, "scaler": scaler}
-            assert self._outermost is not None
-            self._checker.attach(self._outermost, **self._found, **self._context)
+            self._found["scaler"] = scaler
+            self._checker.scaled_by(scaler, self._precision or _shown_by(scaler, self._found["precision"]))
 
     def _observed(self, module: nn.Module, scaler: torch.amp.GradScaler | None) -> Precision:
         """The precision that the loop itself shows at its first training forward."""
@@ -268,11 +305,16 @@ class watch:
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # Torch goes through its hooks here: none can be removed before the next forward.
-        held = _held(optimizer)
-        if self._outermost is not None and not held.isdisjoint(map(id, self._outermost.parameters())):
-            self._optimized = True
-        else:
-            self._elsewhere |= held
+        if self._fault is not None or (os.getpid(), threading.get_ident()) != self._place:
+            return
+        try:
+            held = _held(optimizer)
+            if self._outermost is not None and not held.isdisjoint(map(id, self._outermost.parameters())):
+                self._optimized = True
+            else:
+                self._elsewhere |= held
+        except Exception as error:  # noqa: BLE001
+            self._fault = bare(error)
 
     def _end_step(self, exc: BaseException | None = None) -> None:
         self._take_scaler()
@@ -305,9 +347,10 @@ class watch:
         """Wait for ``model.eval()``: no hook could, without a Python call in every batch until then."""
         original = nn.Module.eval
 
+        called = self._contained(self._eval_called)
+
         def eval(module: nn.Module) -> nn.Module:
-            if (os.getpid(), threading.get_ident()) == self._place and self._is_around_model(module):
-                self._contained(self._eval_called)()
+            called(module)
             return original(module)
 
         def restore() -> None:
@@ -315,12 +358,14 @@ class watch:
                 nn.Module.eval = original  # type: ignore[method-assign]
 
         nn.Module.eval = eval  # type: ignore[assignment, method-assign]
-        self._evaluation.callback(restore)
+        self._evaluation.callback(undo, restore)
 
     def _is_around_model(self, module: nn.Module) -> bool:
         return any(part is root for part in module.modules() for root in self._roots)
 
-    def _eval_called(self) -> None:
+    def _eval_called(self, module: nn.Module) -> None:
+        if not self._is_around_model(module):
+            return
         if self._step is not None and self._optimized:
             self._end_step()
             if not self._checker.watching:
@@ -357,13 +402,18 @@ class watch:
         autocast = self._evaluation.enter_context(AutocastProbe())
         hooks = self._contained(before), self._contained(after)
         if self._outermost is not None and is_compiled(self._outermost):
-            self._evaluation.callback(on_call(self._outermost, *hooks))
+            self._evaluation.callback(undo, on_call(self._outermost, *hooks))
         else:
             self._evaluation.callback(register_module_forward_pre_hook(hooks[0]).remove)
             self._evaluation.callback(register_module_forward_hook(hooks[1]).remove)
 
 
 _MOST_FORWARDS = 8
+
+
+def _left_backward(exc: BaseException) -> bool:
+    """Whether an exception came out of a backward pass."""
+    return any(frame.f_code.co_name == "_engine_run_backward" for frame, _ in walk_tb(exc.__traceback__))
 
 
 def _nodes_made() -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["mixed", "true", "unknown"]
+Means = Literal["autocast", "policy"]
 
 LOW_PRECISION = frozenset({"float16", "bfloat16"})
 
@@ -21,6 +22,9 @@ class Precision:
     ``effective_dtype`` is the dtype a host is known to use in place of the one asked for, by a documented rule of
     its own; ``evaluation_dtype`` the one it evaluates in by default (``"float32"``: autocast off). A difference
     they explain is information, not a fault. ``explicit`` is false where the user left the host's default.
+
+    ``by`` is what mixed precision comes about by: ``"autocast"``, or ``"policy"`` where the policy of a sharded model
+    casts parameters and inputs for each forward pass, and no autocast is needed.
     """
 
     mode: Mode = "unknown"
@@ -31,6 +35,7 @@ class Precision:
     effective_dtype: str | None = None
     evaluation_dtype: str | None = None
     explicit: bool = True
+    by: Means = "autocast"
 
     @property
     def mixed(self) -> bool:
@@ -42,6 +47,8 @@ class Precision:
         words = [self.mode, self.dtype or "default dtype"]
         if self.device_type:
             words += ["on", self.device_type]
+        if self.by == "policy":
+            words.append("by a sharding policy")
         text = " ".join(words)
         if self.mixed and self.scaler is not None:
             text += f", loss scaling {'on' if self.scaler else 'off'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -24,6 +24,11 @@ def rank() -> int:
     return int(launched_as) if launched_as.isdecimal() else 0
 
 
+def world_size() -> int:
+    """The number of ranks; 1 where nothing is distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def gather(stage: str, mine: Any, patience: timedelta = timedelta(seconds=5)) -> dict[int, Any]:
     """What each rank sent when it last came to ``stage``, by rank, on rank 0; ``{}`` elsewhere.
 
@@ -40,7 +45,7 @@ def gather(stage: str, mine: Any, patience: timedelta = timedelta(seconds=5)) ->
         store.set(f"{key}/{me}", pickle.dumps(mine))
         return {}
     gathered = {0: mine}
-    missing = set(range(1, dist.get_world_size()))
+    missing = set(range(1, world_size()))
     deadline = time.monotonic() + patience.total_seconds()
     while missing:
         for other in sorted(missing):
@@ -53,21 +58,28 @@ def gather(stage: str, mine: Any, patience: timedelta = timedelta(seconds=5)) ->
     return gathered
 
 
-def merged_findings(gathered: Mapping[int, tuple[Finding, ...]]) -> tuple[Finding, ...]:
-    """The findings of all ranks, each once; one that rank 0 has not says which ranks have it."""
-    seen: list[tuple[Finding, list[int]]] = []
-    for number, findings in sorted(gathered.items()):
-        for finding in findings:
+def merged_findings(
+    findings: Mapping[int, tuple[Finding, ...]], heard: Collection[int]
+) -> tuple[tuple[Finding, Finding], ...]:
+    """The ``findings`` that each rank sent last, each once: as it was sent, and as it is to be told. One that a rank
+    lacks which was ``heard`` now says who has it, and that no other has it where all ranks are known."""
+    seen: list[tuple[Finding, set[int]]] = []
+    for number, of_rank in sorted(findings.items()):
+        for finding in of_rank:
             ranks = next((ranks for other, ranks in seen if other == finding), None)
             if ranks is None:
-                seen.append((finding, [number]))
+                seen.append((finding, {number}))
             else:
-                ranks.append(number)
-    merged = (
-        finding if 0 in ranks else replace(finding, message=f"{finding.message} (seen on {_named(ranks)} only)")
-        for finding, ranks in seen
-    )
-    return tuple(sorted(merged, key=lambda finding: (-finding.severity, finding.code)))
+                ranks.add(number)
+    merged = ((finding, _told(finding, ranks, set(heard))) for finding, ranks in seen)
+    return tuple(sorted(merged, key=lambda pair: (-pair[0].severity, pair[0].code)))
+
+
+def _told(finding: Finding, ranks: set[int], heard: set[int]) -> Finding:
+    if heard <= ranks:
+        return finding
+    only = " only" if len(ranks | heard) == world_size() else ""
+    return replace(finding, message=f"{finding.message} (seen on {_named(sorted(ranks))}{only})")
 
 
 def _named(ranks: Sequence[int]) -> str:
@@ -76,7 +88,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 def _store() -> Any:
     """The default process group's store, or ``None`` where there is one process or torch does not show it."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return None
     find = getattr(dist.distributed_c10d, "_get_default_store", None)
     return find() if find else None

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ampcheck.autograd import leaves_behind, tensors_in
+from ampcheck.probes.containment import undo
 
 T = TypeVar("T")
 
@@ -230,10 +231,11 @@ def _everything_put_back(
     try:
         yield
     finally:
-        with torch.no_grad():
-            for one in kept:
-                one.put_back()
-        _set_random_state(kept_random)
+        # What one of them raises keeps no other from being put back.
+        with torch.no_grad(), ExitStack() as rest:
+            rest.callback(undo, _set_random_state, kept_random)
+            for one in reversed(kept):
+                rest.callback(undo, one.put_back)
 
 
 @torch.no_grad()
@@ -264,9 +266,9 @@ def _one_process() -> Iterator[None]:
 
     owners: list[Any] = [distributed, distributed_c10d]
     originals = [owner.is_initialized for owner in owners]
-    for owner in owners:
-        owner.is_initialized = _not_initialized
     try:
+        for owner in owners:
+            owner.is_initialized = _not_initialized
         yield
     finally:
         for owner, original in zip(owners, originals, strict=True):
@@ -323,7 +325,9 @@ def _same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _draw_from(seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
+import itertools
 import linecache
 import os
 import sys
@@ -75,6 +77,34 @@ def calling_site(role: Role = "call", *, depth: int = 1) -> Site | None:
         if outside_torch is None and not is_torch(file):
             outside_torch = frame
     return _site_of_frame(outside_torch, outside_torch.f_lineno, role) if outside_torch else None
+
+
+def region_site(*, depth: int = 1) -> Site | None:
+    """The line that made the autocast region being entered: of a decorator, the decorator's, not the call's."""
+    for frame in callers(sys._getframe(depth)):
+        if frame.f_code.co_name == "decorate_autocast" and is_torch(frame.f_code.co_filename):
+            return decorator_site(frame.f_locals.get("func")) or calling_site(depth=depth + 1)
+        if not is_torch(frame.f_code.co_filename):
+            break
+    return calling_site(depth=depth + 1)
+
+
+def decorator_site(function: object) -> Site | None:
+    """The decorator of ``function`` that names autocast, else its first; ``None`` where it has none."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    if code is None or is_library(code.co_filename):
+        return None
+    # A decorated function's code begins with its first decorator, a lambda's with none.
+    if not linecache.getline(code.co_filename, code.co_firstlineno).lstrip().startswith("@"):
+        return None
+    decorators: list[Site] = []
+    for number in itertools.count(code.co_firstlineno):
+        site = site_of(code.co_filename, number, getattr(code, "co_qualname", code.co_name).replace("<locals>.", ""))
+        if site.code.startswith("@"):
+            decorators.append(site)
+        if not linecache.getline(code.co_filename, number) or site.code.startswith(("def ", "async def ")):
+            return next((one for one in decorators if "autocast" in one.code), next(iter(decorators), None))
+    return None
 
 
 def entered_by_user(*, depth: int = 1) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ampcheck.probes.autocast import AutocastProbe
 from ampcheck.probes.compiled import CompiledProbe
+from ampcheck.probes.containment import bare, undo
 from ampcheck.probes.modules import ModuleProbe
 from ampcheck.probes.ops import OpProbe
 from ampcheck.probes.saved_tensors import graph_trace
@@ -21,6 +22,7 @@ from ampcheck.trace import GraphTrace, ModelInfo, Phase, StepTrace, described
 from ampcheck.walk import anything_compiled, is_compiled
 
 Ended = Callable[["WatchedStep", BaseException | None], None]
+Probe = AutocastProbe | ModuleProbe | CompiledProbe | OpProbe | ScalerProbe | WriteProbe
 
 
 class WatchedStep:
@@ -57,7 +59,7 @@ class WatchedStep:
             # Active modes send evaluation down other kernels, and make compiled code compile again.
             if phase == "training" and (replayed or not anything_compiled()):
                 self._ops = OpProbe(model, device_type, modules)
-                self._writes = WriteProbe(model, lambda: modules.current, lineage=replayed)
+                self._writes = WriteProbe(model, lambda: modules.current)
         self._scaler = ScalerProbe() if phase == "training" else None
         probes = (self._autocast, self._modules, self._ops, self._scaler, self._writes)
         self._probes = [probe for probe in probes if probe is not None]
@@ -69,10 +71,15 @@ class WatchedStep:
     def __enter__(self) -> WatchedStep:
         try:
             for probe in self._to_enter:
-                self._stack.enter_context(probe)
+                # Ahead of its entry, which may fail half-way.
+                self._stack.callback(self._remove, probe)
+                probe.__enter__()
         except Exception as error:  # noqa: BLE001 - told when the step ends
-            self._fault = error
+            self._fault = bare(error)
             self.abandon()
+        except BaseException:
+            self.abandon()
+            raise
         return self
 
     def __exit__(
@@ -84,10 +91,13 @@ class WatchedStep:
 
     def abandon(self) -> None:
         """Remove the probes; nobody is told."""
+        self._stack.close()
+
+    def _remove(self, probe: Probe) -> None:
         try:
-            self._stack.close()
+            undo(probe.__exit__, None, None, None)
         except Exception as error:  # noqa: BLE001 - told when the step ends
-            self._fault = self._fault or error
+            self._fault = self._fault or bare(error)
 
     def calling(self, module: nn.Module, args: tuple[object, ...]) -> None:
         """The step began inside the call of ``module``, before its forward."""

@@ -11,7 +11,7 @@ from ampcheck.precision import Precision
 
 Phase = Literal["training", "evaluation"]
 Role = Literal["write", "save", "raise", "cast", "call"]
-Writer = Literal["code", "optimizer", "buffer-broadcast"]
+Writer = Literal["code", "optimizer", "buffer-broadcast", "parameter-gather"]
 Silent = Literal["untracked", "hooks", "outside", "unmarked"]
 
 
@@ -107,15 +107,32 @@ class ScalerInfo:
     deprecated: str | None = None
 
 
+class Policy(NamedTuple):
+    """The mixed precision policy of a sharded module, by the module's qualified name: the dtype it casts parameters
+    to for forward (``None``: it casts none), and whether it casts the module's inputs too. ``source`` spells it."""
+
+    module: str
+    dtype: str | None
+    casts_inputs: bool
+    source: str
+
+
 @dataclass(frozen=True)
 class ModelInfo:
-    """The fit-start walk over one model. ``device_type`` is where most of its elements lie."""
+    """The fit-start walk over one model. ``device_type`` is where most of its elements lie. ``policies`` are those of
+    the modules that are sharded, outermost first."""
 
     type: str
     device_type: str
     modules: tuple[ModuleInfo, ...] = ()
     tensors: tuple[TensorInfo, ...] = ()
     compiled: bool = False
+    policies: tuple[Policy, ...] = ()
+
+    def policy_of(self, module: str | None) -> Policy | None:
+        """The policy that a module is under: that of the innermost sharded module around it."""
+        around = [p for p in self.policies if module is not None and _encloses(p.module, module)]
+        return max(around, key=lambda policy: len(policy.module), default=None)
 
     @property
     def parameters(self) -> tuple[TensorInfo, ...]:
@@ -168,6 +185,7 @@ class ModuleCall:
     """Calls of one module that looked alike. ``inputs`` and ``outputs`` are the dtypes of floating tensors in
     order, ``region`` the innermost autocast region around the call (an index into ``StepTrace.regions``).
     ``module`` is the qualified name, or ``None`` for a module that is no part of the model (a loss, say).
+    ``parameters`` are the dtypes that the module's own parameters had while a sharded model computed with them.
     """
 
     module: str | None
@@ -180,6 +198,7 @@ class ModuleCall:
     outputs: tuple[str, ...]
     count: int = 1
     leaf: bool = True
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -312,6 +331,7 @@ class GraphTrace:
     made tensors under ``inference_mode``, ``backwards`` the backward passes begun, and ``cut`` the calls behind
     which the failing loss has no graph: each the site of the call, the latest last. ``hooked`` names the modules with
     full backward hooks, and ``replay`` says how a replay of the failing batch went, where there was one.
+    ``written_views`` are those of ``views`` whose base was written to later, each with the writes.
     """
 
     stale: tuple[StaleTensor, ...] = ()
@@ -322,6 +342,7 @@ class GraphTrace:
     cut: tuple[Site, ...] = ()
     hooked: tuple[str, ...] = ()
     replay: str | None = None
+    written_views: tuple[tuple[Site, tuple[Site, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -342,7 +363,14 @@ class Failure:
 
 
 Reason = Literal[
-    "data-dependent", "frozen-shape", "training-mode", "buffer-update", "state-differs", "left-dispatcher", "raises"
+    "data-dependent",
+    "frozen-shape",
+    "training-mode",
+    "buffer-update",
+    "state-differs",
+    "left-dispatcher",
+    "unsettled",
+    "raises",
 ]
 
 

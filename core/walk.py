@@ -6,15 +6,17 @@ import functools
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ampcheck.trace import Environment, ModelInfo, ModuleInfo, OptimizerInfo, ScalerInfo, TensorInfo
+from ampcheck.precision import LOW_PRECISION, Precision
+from ampcheck.trace import Environment, ModelInfo, ModuleInfo, OptimizerInfo, Policy, ScalerInfo, TensorInfo
 
 _LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
+_WRAPPING = frozenset({"_orig_mod", "_fsdp_wrapped_module"})
 
 
 @functools.cache
@@ -63,8 +65,13 @@ def _is_compiled_function(value: object) -> bool:
 
 
 def module_names(model: nn.Module) -> dict[int, str]:
-    """Qualified names by identity; compile wrappers inside the model add no ``_orig_mod`` to them."""
-    return {id(module): name.replace("_orig_mod.", "") for name, module in model.named_modules()}
+    """Qualified names by identity; wrappers inside the model add nothing to them."""
+    return {id(module): plain_name(name) for name, module in model.named_modules()}
+
+
+def plain_name(name: str) -> str:
+    """A qualified name without the attributes by which wrappers (compiled, sharded) hold what they wrap."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPING)
 
 
 def tensor_names(model: nn.Module) -> dict[int, str]:
@@ -81,7 +88,7 @@ def walk(model: nn.Module) -> ModelInfo:
     seen: set[int] = set()
     elements: dict[str, int] = {}
     for name, module in model.named_modules():
-        name = name.replace("_orig_mod.", "")
+        name = plain_name(name)
         prefix = f"{name}." if name else ""
         parameters: dict[str, int] = {}
         buffers: dict[str, int] = {}
@@ -103,17 +110,64 @@ def walk(model: nn.Module) -> ModelInfo:
                 tensors.append(TensorInfo(prefix + key, dtype, shape, device_type, tensor.requires_grad, buffer))
         modules.append(ModuleInfo(name, type(module).__name__, parameters, buffers))
     device_type = max(elements, key=elements.__getitem__) if elements else "cpu"
-    return ModelInfo(type(model).__name__, device_type, tuple(modules), tuple(tensors), is_compiled(model))
+    policies = tuple(_policies(model))
+    return ModelInfo(type(model).__name__, device_type, tuple(modules), tuple(tensors), is_compiled(model), policies)
+
+
+def _policies(model: nn.Module) -> Iterator[Policy]:
+    """The policies of the modules that ``fully_shard`` has sharded, or ``FullyShardedDataParallel`` wraps."""
+    kinds = _sharded_types()
+    for name, module in model.named_modules() if kinds else ():
+        if not isinstance(module, kinds):
+            continue
+        # The wrapper shows its policy; what `fully_shard` was given is only in the state that it keeps.
+        state = getattr(module, "_get_fsdp_state", None)
+        shown = vars(state()).values() if state is not None else [getattr(module, "mixed_precision", None)]
+        given = next((value for value in shown if hasattr(value, "param_dtype")), None)
+        dtype = getattr(given, "param_dtype", None)
+        casts = getattr(given, "cast_forward_inputs", True) or (
+            module is model and getattr(given, "cast_root_forward_inputs", False)
+        )
+        kind = "MixedPrecisionPolicy" if state is not None else "MixedPrecision"
+        spelled = f"{kind}(param_dtype={dtype})"
+        yield Policy(plain_name(name), dtype_name(dtype) if dtype is not None else None, bool(casts), spelled)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parts of the model live on other ranks, and are gathered for each forward pass."""
+    kinds = _sharded_types()
+    return bool(kinds) and any(isinstance(module, kinds) for module in model.modules())
+
+
+def _sharded_types() -> tuple[type, ...]:
+    # Nobody has sharded anything before one of these was imported; until 2.5 `fully_shard` was in the second alone.
+    packages = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
+    found = [
+        getattr(sys.modules.get(package), name, None)
+        for package in packages
+        for name in ("FSDPModule", "FullyShardedDataParallel")
+    ]
+    return tuple({kind for kind in found if isinstance(kind, type)})
+
+
+def precision_by_policy(model: ModelInfo, declared: Precision, scaler: bool) -> Precision:
+    """``declared``, or where policies of a sharded model ask for another low precision, what they ask for."""
+    asked = [policy for policy in model.policies if policy.dtype in LOW_PRECISION]
+    if not asked or declared.dtype == asked[0].dtype:
+        return declared
+    return Precision("mixed", model.device_type, asked[0].dtype, scaler, asked[0].source, by="policy")
 
 
 def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerInfo:
     """How far the optimizer's parameters are the model's."""
     own = {id(parameter) for parameter in model.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # Inside `torch.func.functional_call` other tensors stand for the parameters: whose they are, is not to be told.
+    swapped = not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
     return OptimizerInfo(
         type(optimizer).__name__,
         len(held),
-        sum(id(parameter) in own for parameter in held),
+        len(held) if swapped else sum(id(parameter) in own for parameter in held),
         dict(Counter(dtype_name(parameter.dtype) for parameter in held)),
         bool(getattr(optimizer, "_step_supports_amp_scaling", False)),
         _shapes(held) == _shapes(parameter for parameter in model.parameters() if parameter.requires_grad),

@@ -57,16 +57,17 @@ FIXES: Mapping[str, str] = {
     "AMP109": "Drop `autocast` from the module; if it has none, update Lightning: since 2.6 its own region keeps no "
     "weights that were cast under `no_grad`.",
     "AMP201": "Leave the model in float32 for `Trainer(precision='16-mixed')` or `'bf16-mixed'`; for half-precision "
-    "parameters ask for `Trainer(precision='bf16-true')` or `'16-true'` and drop `.half()`.",
+    "parameters drop `.half()` and ask for `Trainer(precision='bf16-true')`: under '16-true' the `eps` of AdamW is 0, "
+    "and its first step may give NaN.",
     "AMP202": "Drop `.half()` and `.to(dtype)` from the module: `Trainer(precision=...)` converts the whole model, "
     "or nothing of it.",
     "AMP203": "Autocast covers `training_step` and the other `*_step` methods alone: give it `.float()` where the "
     "module turns it off, and what other hooks compute a `torch.autocast(self.device.type)` of its own. Under "
     "`Trainer(precision='bf16-true')` or `'16-true'` make tensors with `dtype=self.dtype`.",
     "AMP204": "Cast batches in `on_before_batch_transfer()`, or ask for float64 by `Trainer(precision='64-true')`.",
-    "AMP205": "Or let it have operands of one dtype, without autocast: `Trainer(precision='bf16-true')`, `'16-true'` "
-    "or `'32-true'`.",
-    "AMP208": "`Trainer(precision='bf16-true')` or `'16-true'` converts buffers and all parameters.",
+    "AMP205": "Or let it have operands of one dtype, without autocast: `Trainer(precision='bf16-true')` or "
+    "`'32-true'`.",
+    "AMP208": "`Trainer(precision='bf16-true')` converts buffers and all parameters.",
     "AMP211": "Averaging callbacks copy the dtypes of the model: `Trainer(precision='16-mixed')` and `'bf16-mixed'` "
     "keep them float32.",
     "AMP301": "`Trainer(precision='16-mixed')` brings its scaler, and under manual optimization "
@@ -142,13 +143,10 @@ def _contained(hook: Callable[Concatenate[AmpCheck, P], None]) -> Callable[Conca
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
             self._off = True
-            self._release()
-            self._logger.warning(
-                "AmpCheck switched itself off: %s: %s in its %s. Please report it; training goes on.",
-                type(error).__name__,
-                error,
-                hook.__name__,
-            )
+            with suppress(Exception):
+                self._take_back()
+            self.checker.switch_off(error, emit=self._logger.warning)
+            self.checker.detach()
 
     return call
 
@@ -300,7 +298,7 @@ class AmpCheck(Callback):
         self._wraps.append(_Wrap(owner, name, wrapper, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, functools.partial(wrapper, *first, method))
 
-    def _unwrap(self, *wrappers: Callable[..., Any]) -> None:
+    def _take_back(self, *wrappers: Callable[..., Any]) -> None:
         """Take wraps by these wrappers (default: all) off again."""
         for wrap in [wrap for wrap in reversed(self._wraps) if not wrappers or wrap.wrapper in wrappers]:
             self._wraps.remove(wrap)
@@ -309,8 +307,13 @@ class AmpCheck(Callback):
             else:
                 setattr(wrap.owner, wrap.name, wrap.before)
 
+    @_contained
+    def _unwrap(self, wrapper: Callable[..., Any]) -> None:
+        self._take_back(wrapper)
+
+    @_contained
     def _release(self) -> None:
-        self._unwrap()
+        self._take_back()
         self.checker.detach()
 
 

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import mmengine
 import torch
@@ -80,21 +80,25 @@ FIXES = MappingProxyType(
 """The remedies in MMEngine's settings, by rule code."""
 
 
-def _contained(method: Callable[[AmpCheckHook, Any], None]) -> Callable[[AmpCheckHook, Any], None]:
+P = ParamSpec("P")
+
+
+def _contained(
+    method: Callable[Concatenate[AmpCheckHook, Any, P], None],
+) -> Callable[Concatenate[AmpCheckHook, Any, P], None]:
     """Make an event of the hook unable to raise anything into the run but the ``FindingsError`` that was asked for."""
 
     @functools.wraps(method)
-    def call(self: AmpCheckHook, runner: Any) -> None:
+    def call(self: AmpCheckHook, runner: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            method(self, runner)
+            method(self, runner, *args, **kwargs)
         except FindingsError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
-            self._detach()
-            runner.logger.warning(
-                f"AmpCheck switched itself off: {type(error).__name__}: {error} in its {method.__name__}. "
-                "Please report it; the run goes on."
-            )
+            self._attached = True
+            with suppress(Exception):
+                self._take_back()
+            self.checker.switch_off(error, emit=runner.logger.warning)
 
     return call
 
@@ -143,17 +147,21 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
                 self._guard(loop, runner, kind)
                 self._watch(loop, runner, kind)
 
+    @_contained
     def before_train(self, runner: Any) -> None:
         self._attach(runner)
 
+    @_contained
     def before_val(self, runner: Any) -> None:
         if not self._attached:
             self._attach(runner)
 
+    @_contained
     def before_test(self, runner: Any) -> None:
         if not self._attached:
             self._attach(runner)
 
+    @_contained
     def after_run(self, runner: Any) -> None:
         self._detach()
 
@@ -176,10 +184,14 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
             runner.logger.info("ampcheck  the steps are not watched: the model is compiled (`compile` in the config)")
 
     def _detach(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._take_back()
         self.checker.detach()
         self._attached = False
+
+    def _take_back(self) -> None:
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
 
     def _guard(self, loop: BaseLoop, runner: Any, kind: str) -> None:
         """See every exception that leaves the loop."""
@@ -199,7 +211,7 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
                         with suppress(Exception):
                             batch = _failing_batch(loop, runner, exc)
                     self.checker.diagnose(exc, phase=phase, step=getattr(loop, "iter", None), batch=batch)
-                self._detach()
+                self.after_run(runner)
                 raise
 
         self._undo.append(_replace(loop, "run", guarded))
@@ -217,16 +229,20 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
         @functools.wraps(run_iter)
         def watched(*args: Any, **kwargs: Any) -> Any:
             if _is_compiled(runner.model):
-                unwatch()
+                self._unwatch(runner, undo)
                 return run_iter(*args, **kwargs)
             with checker.training_step() if kind == "train" else checker.evaluation_step(_unwrapped(runner.model)):
                 outputs = run_iter(*args, **kwargs)
             if not (checker.watching if kind == "train" else checker.watching_evaluation):
-                unwatch()
+                self._unwatch(runner, undo)
             return outputs
 
-        unwatch = _replace(loop, "run_iter", watched)
-        self._undo.append(unwatch)
+        undo = _replace(loop, "run_iter", watched)
+        self._undo.append(undo)
+
+    @_contained
+    def _unwatch(self, runner: Any, undo: Callable[[], None]) -> None:
+        undo()
 
 
 def _failing_batch(loop: BaseLoop, runner: Any, error: BaseException) -> Callable[[], object] | None:

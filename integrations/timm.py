@@ -23,14 +23,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import MethodType, ModuleType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import timm
 import timm.utils
 import torch
 from torch import nn
 
-from ampcheck import AmpChecker, FindingsError, Host, Precision, run_script, show_exception, watch
+from ampcheck import AmpChecker, FindingsError, Host, Precision, run_script, show_exception, unwrapped, watch
+
+_EMA = "ModelEmaV3" if hasattr(timm.utils, "ModelEmaV3") else "ModelEmaV2"
+_NAMES_DEVICE = "device" in inspect.signature(getattr(timm.utils, "NativeScaler")).parameters  # noqa: B009
+_SCALER = "NativeScaler(device=device.type)" if _NAMES_DEVICE else "NativeScaler()"
 
 FIXES: Mapping[str, str] = {
     "AMP101": "Hand `amp_autocast=partial(torch.autocast, device_type=device.type, dtype=amp_dtype)` to "
@@ -46,8 +50,8 @@ FIXES: Mapping[str, str] = {
     "AMP106": "End `with amp_autocast():` before `loss_scaler(loss, optimizer, ...)` or `loss.backward()`: "
     "`NativeScaler` runs backward when it is called.",
     "AMP107": "`--amp-dtype float16` or `--amp-dtype bfloat16`, whichever is native here, or no `--amp`.",
-    "AMP108": "`partial(torch.autocast, device_type=device.type, dtype=amp_dtype)`; `NativeScaler(device=device.type)` "
-    "makes a `torch.amp.GradScaler`.",
+    "AMP108": "`partial(torch.autocast, device_type=device.type, dtype=amp_dtype)`"
+    + ("; `NativeScaler(device=device.type)` makes a `torch.amp.GradScaler`." if _NAMES_DEVICE else "."),
     "AMP109": "`amp_autocast = partial(torch.autocast, ..., cache_enabled=False)`.",
     "AMP201": "Leave `--model-dtype` out with `--amp`, and do not convert what `create_model` returns; for "
     "half-precision parameters drop `--amp` and say `--model-dtype bfloat16`.",
@@ -55,14 +59,15 @@ FIXES: Mapping[str, str] = {
     "AMP203": "`train_one_epoch` calls model and loss inside `with amp_autocast():`, and `--model-dtype` converts "
     "model and images alike: do the same in a loop of your own (`input.to(device=device, dtype=model_dtype)`).",
     "AMP204": "`--model-dtype float32` converts the model, and in timm's loaders the images.",
+    "AMP205": "Or give all operations operands of one dtype: leave `--amp` out.",
     "AMP210": "`--bce-loss` takes `timm.loss.BinaryCrossEntropy`, which works on logits.",
-    "AMP211": "`timm.utils.ModelEmaV3` copies the model with its dtypes: leave `--model-dtype` out"
+    "AMP211": f"`timm.utils.{_EMA}` copies the model with its dtypes: leave `--model-dtype` out"
     + (
         ", or make it with `dtype=torch.float32`."
-        if "dtype" in inspect.signature(getattr(timm.utils, "ModelEmaV3", lambda: None)).parameters
+        if "dtype" in inspect.signature(getattr(timm.utils, _EMA)).parameters
         else "."
     ),
-    "AMP301": "`--amp-dtype bfloat16`, or `loss_scaler=NativeScaler(device=device.type)`, which timm's script makes "
+    "AMP301": f"`--amp-dtype bfloat16`, or `loss_scaler={_SCALER}`, which timm's script makes "
     "for float16 on CUDA alone.",
     "AMP302": "Make the `NativeScaler` for float16 alone: `loss_scaler = None` with `--amp-dtype bfloat16` or without "
     "`--amp`.",
@@ -123,12 +128,46 @@ def install(
     return checker
 
 
-class _Script:
+class _Guest:
+    """What is called from within the training. A method made by ``_contained`` raises nothing into it but the
+    ``FindingsError`` that was asked for."""
+
+    _checker: AmpChecker
+
+    def _take_back(self) -> None:
+        """After a fault: leave the script's objects as they were."""
+
+
+S = TypeVar("S", bound=_Guest)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _contained(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R | None]:
+    @functools.wraps(method)
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        try:
+            return method(self, *args, **kwargs)
+        except FindingsError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the script's
+            with suppress(Exception):
+                self._take_back()
+            self._checker.switch_off(error, emit=_say)
+            return None
+
+    return call
+
+
+class _Script(_Guest):
     """The two functions of a train script, with the checker around each call."""
 
     def __init__(self, checker: AmpChecker) -> None:
         self._checker = checker
         self._attached = False
+
+    def _take_back(self) -> None:
+        self._attached = True
 
     def wrap(self, namespace: dict[str, Any]) -> bool:
         """Wrap the functions by name; false, and nothing is done, where there is none that trains."""
@@ -141,12 +180,9 @@ class _Script:
         return True
 
     def _train(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        values = _arguments(function, args, kwargs)
-        if not self._attached:
-            self._attached = True
-            self._attach(values)
+        updates = self._updates(function, args, kwargs)
         try:
-            with _Updates(self._checker, _optimizer(values)):
+            with updates or nullcontext():
                 return function(*args, **kwargs)
         except Exception as error:
             batch = None
@@ -157,42 +193,52 @@ class _Script:
             raise
 
     def _validate(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        values = _arguments(function, args, kwargs)
-        if not self._attached and self._checker.report is None:
-            self._attach(values)
+        forward = self._first_forward(function, args, kwargs)
         try:
-            with _FirstForward(self._checker, _model(values)):
+            with forward or nullcontext():
                 return function(*args, **kwargs)
         except Exception as error:
             self._checker.diagnose(error, phase="evaluation_step")
             raise
 
+    @_contained
+    def _updates(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Updates:
+        values = _arguments(function, args, kwargs)
+        if not self._attached:
+            self._attached = True
+            self._attach(values)
+        return _Updates(self._checker, _optimizer(values))
+
+    @_contained
+    def _first_forward(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _FirstForward:
+        values = _arguments(function, args, kwargs)
+        if not self._attached and self._checker.report is None:
+            self._attach(values)
+        return _FirstForward(self._checker, _model(values))
+
     def _attach(self, values: Mapping[str, Any]) -> None:
-        try:
-            model = _model(values)
-            if model is None:
-                _say("ampcheck  the script's functions are given no model: nothing is checked")
-                return
-            scaler = getattr(values.get("loss_scaler"), "_scaler", values.get("loss_scaler"))
-            scaler = scaler if isinstance(scaler, torch.amp.GradScaler) else None
-            optimizer = _optimizer(values)
-            self._checker.attach(
-                model,
-                precision=_declared(values, model, scaler),
-                optimizers=[] if optimizer is None else [optimizer],
-                scaler=scaler,
-                averaged=_averaged(values),
-                host=Host("timm", timm.__version__, FIXES),
-                emit=_say,
-                directory=values.get("output_dir"),
-            )
-        except FindingsError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a script of another kind must train on
-            _say(f"ampcheck  this script is not understood, and not checked: {type(error).__name__}: {error}")
+        model = _model(values)
+        if model is None:
+            _say("ampcheck  the script's functions are given no model: nothing is checked")
+            return
+        scaler = getattr(values.get("loss_scaler"), "_scaler", values.get("loss_scaler"))
+        scaler = scaler if isinstance(scaler, torch.amp.GradScaler) else None
+        optimizer = _optimizer(values)
+        self._checker.attach(
+            model,
+            precision=_declared(values, model, scaler),
+            optimizers=[] if optimizer is None else [optimizer],
+            scaler=scaler,
+            averaged=_averaged(values),
+            host=Host("timm", timm.__version__, FIXES),
+            emit=_say,
+            directory=values.get("output_dir"),
+        )
 
 
-class _Updates:
+class _Updates(_Guest):
     """Watches updates, from here or the end of the one before, while the checker has steps left to watch.
 
     A script of timm's kind has no event between two batches, so two methods of its optimizer are wrapped until then.
@@ -205,6 +251,7 @@ class _Updates:
         self._before: dict[str, tuple[Any, Any]] = {}
         self._step: AbstractContextManager[object] | None = None
 
+    @_contained
     def __enter__(self) -> None:
         if self._checker.watching:
             if self._optimizer is not None:
@@ -212,10 +259,11 @@ class _Updates:
                 self._wrap(self._optimizer, "zero_grad", self._has_gradients)
             self._open()
 
+    @_contained
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._unwrap()
+        self._take_back()
         self._close(exc)
 
     def _open(self) -> None:
@@ -227,18 +275,20 @@ class _Updates:
         if step is not None:
             step.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
 
+    @_contained
     def _updated(self) -> None:
         self._close()
         if self._checker.watching:
             self._open()
         else:
-            self._unwrap()
+            self._take_back()
 
+    @_contained
     def _has_gradients(self) -> bool:
         groups = self._optimizer.param_groups if self._optimizer is not None else []
         return any(parameter.grad is not None for group in groups for parameter in group["params"])
 
-    def _wrap(self, optimizer: torch.optim.Optimizer, name: str, ends: Callable[[], bool]) -> None:
+    def _wrap(self, optimizer: torch.optim.Optimizer, name: str, ends: Callable[[], bool | None]) -> None:
         method = getattr(optimizer, name)
 
         @functools.wraps(method)
@@ -254,7 +304,7 @@ class _Updates:
         self._before[name] = ours, vars(optimizer).get(name)
         setattr(optimizer, name, ours)
 
-    def _unwrap(self) -> None:
+    def _take_back(self) -> None:
         own = vars(self._optimizer) if self._optimizer is not None else {}
         for name, (ours, before) in self._before.items():
             if own.get(name) is not ours:
@@ -266,7 +316,7 @@ class _Updates:
         self._before.clear()
 
 
-class _FirstForward:
+class _FirstForward(_Guest):
     """Watches evaluation until the first call of ``model`` has returned."""
 
     def __init__(self, checker: AmpChecker, model: nn.Module | None) -> None:
@@ -274,6 +324,7 @@ class _FirstForward:
         self._model = model
         self._open = ExitStack()
 
+    @_contained
     def __enter__(self) -> None:
         scripted = isinstance(self._model, torch.jit.ScriptModule)  # takes no hooks
         if self._model is not None and not scripted and self._checker.watching_evaluation:
@@ -281,11 +332,16 @@ class _FirstForward:
             self._open.callback(handle.remove)
             self._open.enter_context(self._checker.evaluation_step(self._model))
 
+    @_contained
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._open.__exit__(exc_type, exc, traceback)
 
+    def _take_back(self) -> None:
+        self._open.close()
+
+    @_contained
     def returned(self) -> None:
         self._open.close()
 
@@ -319,7 +375,7 @@ def _failing_batch(error: Exception) -> Callable[[], object] | None:
 
     def by_model() -> object:
         with amp_autocast():
-            return loss_fn(_unwrapped(model)(values["input"]), values["target"])
+            return loss_fn(unwrapped(model)(values["input"]), values["target"])
 
     if isinstance(task, nn.Module):
         return by_task
@@ -329,15 +385,8 @@ def _failing_batch(error: Exception) -> Callable[[], object] | None:
 def _alone(task: nn.Module) -> nn.Module:
     """The task around the modules in its wrappers."""
     alone = copy.copy(task)
-    alone._modules = {name: child if child is None else _unwrapped(child) for name, child in task._modules.items()}
+    alone._modules = {name: child if child is None else unwrapped(child) for name, child in task._modules.items()}
     return alone
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    # Not timm's `unwrap_model`, which takes any attribute `module` for a wrapper's.
-    wrapper = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    inner = model.module if wrapper else getattr(model, "_orig_mod", None)
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,25 +10,39 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import ultralytics
-from ultralytics.cfg import CFG_BOOL_KEYS, entrypoint
+from ultralytics.cfg import entrypoint, get_cfg
 from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, torch_utils
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, dist, torch_utils
 
-from ampcheck import AmpChecker, FindingsError, Host, Precision
+from ampcheck import AmpChecker, FindingsError, Host, Precision, compare
 
 Run = TypeVar("Run")
 Callback = Callable[[Any], None]
 
-_NAMES_DTYPES = "amp" not in CFG_BOOL_KEYS
+
+def _names_dtypes() -> bool:
+    """Whether ``amp=`` takes the names of dtypes, and therefore not every text. Older versions take any text, or
+    none."""
+    try:
+        get_cfg(overrides={"amp": "no dtype"})
+    except (TypeError, ValueError) as refused:
+        return isinstance(refused, ValueError)
+    return False
+
+
+_NAMES_DTYPES = _names_dtypes()
+_HANDS_ON_CALLBACKS = "callbacks" in dist.generate_ddp_file.__code__.co_names
 _IN_PLACE = "inplace" in torch_utils.initialize_weights.__code__.co_names
 
 FIXES: Mapping[str, str] = {
@@ -49,6 +63,7 @@ FIXES: Mapping[str, str] = {
     "float16, as float32.",
     "AMP202": "Load weights with `YOLO('last.pt')` or `model.load('last.pt')`: both convert checkpoints to float32.",
     "AMP203": "Model and loss run in the trainer's autocast region; `amp=False` runs both in float32.",
+    "AMP205": "Or train with `amp=False`, under which a module of your own gets float32 alone.",
     "AMP211": "`trainer.ema.ema` is made in float32 from a float32 model: do not call `.half()` on either; "
     "`trainer.save_model()` converts a copy.",
     "AMP301": "Keep the `trainer.scaler` that Ultralytics makes"
@@ -78,14 +93,17 @@ FIXES: Mapping[str, str] = {
 """Remedies in Ultralytics' words, by rule code."""
 
 
-def _contained(callback: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Make a callback unable to end training by a fault of AmpCheck's own, such as an attribute that a version of
+P = ParamSpec("P")
+
+
+def _contained(callback: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
+    """Make a method unable to end training by a fault of AmpCheck's own, such as an attribute that a version of
     Ultralytics lacks."""
 
     @functools.wraps(callback)
-    def call(self: Any, run: Any) -> None:
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            callback(self, run)
+            callback(self, *args, **kwargs)
         except FindingsError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is not the user's
@@ -100,12 +118,19 @@ class AmpCheck:
     ``attach(model)`` sees everything. ``callbacks``, a mapping from event to function for ``model.add_callback``,
     sees all but failures of ``model.val()``, and whether ``amp=`` was given or left at its default.
 
+    Training on several devices is checked in the processes that Ultralytics starts for it, where the version hands
+    its callbacks on to them; where not, ``attach`` says so.
+
     Reports go to Ultralytics' logger, and as ``ampcheck.json`` into the run's ``save_dir``. The first batches of
     training and of validation are watched; after that nothing of AmpCheck runs in a batch.
 
     ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) stops training on a finding that severe. ``watch_steps`` is the number of training batches to watch.
     ``report`` is the path of the JSON report, or false for none. ``checker`` replaces all of these.
+
+    ``compare_export=True`` looks at ``model.export(...)`` too: the TorchScript or ONNX file that it wrote is compared
+    with the model that the exporter wrote it from, module by module, and what is found is reported, with a JSON report
+    beside the file. ``fail_on`` holds there too.
 
     Raises ``ValueError`` for an unknown code or option value, and for options given beside ``checker``.
     """
@@ -118,6 +143,7 @@ class AmpCheck:
         fail_on: str = "never",
         watch_steps: int = 1,
         report: bool | str | os.PathLike[str] = True,
+        compare_export: bool = False,
         checker: AmpChecker | None = None,
     ) -> None:
         options: dict[str, Any] = {"select": select, "ignore": ignore, "fail_on": fail_on}
@@ -127,14 +153,20 @@ class AmpCheck:
         if checker is not None and given:
             raise ValueError(f"AmpCheck takes {', '.join(given)} or a checker, not both")
         self._checker = checker or AmpChecker(**options)
+        options = self._checker.options
+        self._judging = {name: options[name] for name in ("select", "ignore", "fail_on")}
+        self._writes = options["report"] is not False
+        self._compare_export = compare_export
         self._amp_given = False
         self._guarded = False
+        self._started = False
         self._fit: _Fit | None = None
 
     @property
     def callbacks(self) -> dict[str, Callback]:
         """``for event, function in AmpCheck().callbacks.items(): model.add_callback(event, function)``"""
-        return {"on_pretrain_routine_end": self._fit_start, "teardown": self._teardown}
+        callbacks: dict[str, Callback] = {"on_pretrain_routine_end": self._fit_start, "teardown": self._teardown}
+        return callbacks | ({"on_export_end": self._export_end} if self._compare_export else {})
 
     def attach(self, run: Run) -> Run:
         """Check what ``run``, a YOLO model or a trainer, trains; returns ``run``.
@@ -156,8 +188,24 @@ class AmpCheck:
 
     def _train(self, run: Any, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._amp_given = "amp" in kwargs
-        with self._guard("training_step"):
-            return train(*args, **kwargs)
+        self._started = False
+        try:
+            with self._guard("training_step"):
+                trained = train(*args, **kwargs)
+        except subprocess.CalledProcessError:
+            self._say_if_elsewhere()
+            raise
+        self._say_if_elsewhere()
+        return trained
+
+    @_contained
+    def _say_if_elsewhere(self) -> None:
+        if not self._started and not _HANDS_ON_CALLBACKS:
+            LOGGER.warning(
+                f"AmpCheck: nothing was watched: Ultralytics {ultralytics.__version__} trains on several devices in "
+                "processes that it starts anew, and hands them no callbacks. Started with `torchrun --nproc-per-node "
+                "N`, with the same `device=`, this program trains in watched processes."
+            )
 
     def _val(self, run: Any, val: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._fit is not None or not isinstance(run.model, torch.nn.Module):
@@ -186,7 +234,8 @@ class AmpCheck:
             self._guarded = guarded
             self._end(None, phase)
 
-    def _attach(self, model: torch.nn.Module, **seen: Any) -> None:
+    @_contained
+    def _attach(self, model: torch.nn.Module, /, **seen: Any) -> None:
         host = Host("ultralytics", ultralytics.__version__, FIXES)
         self._checker.attach(model, host=host, emit=self._say, **seen)
 
@@ -196,6 +245,7 @@ class AmpCheck:
 
     @_contained
     def _fit_start(self, trainer: Any) -> None:
+        self._started = True
         ema = getattr(trainer, "ema", None)
         optimizer = getattr(trainer, "optimizer", None)
         self._attach(
@@ -219,6 +269,27 @@ class AmpCheck:
         fit = self._fit
         self._end(fit.failure(sys.exc_info()[1]) if fit else None, "training_step")
 
+    def _export_end(self, exporter: Any) -> None:
+        try:
+            file, model, images = _exported(exporter)
+            if file is None:
+                return
+            dynamic = None if getattr(exporter.args, "dynamic", False) else False
+            reached = None
+            try:
+                report = compare(model, file, images, dynamic_batch=dynamic, **self._judging)
+            except FindingsError as error:
+                reached, report = error, error.report
+            LOGGER.info(f"\n{report}")
+            if self._writes:
+                report.write(f"{file}.ampcheck.json")
+        except Exception as error:  # noqa: BLE001 - the file is written, and good or bad without us
+            LOGGER.warning(f"AmpCheck (AMP900): the export was not compared: {type(error).__name__}: {error}")
+            return
+        if reached is not None:
+            raise reached
+
+    @_contained
     def _end(self, error: BaseException | None, phase: str) -> None:
         fit, self._fit = self._fit, None
         if error is not None:
@@ -339,6 +410,25 @@ def _loss(trainer: Any, batch: Mapping[str, Any], raw: bool) -> object:
         return unwrap(trainer.model)(trainer.preprocess_batch(batch) if raw else batch)[0].sum()
 
 
+def _exported(exporter: Any) -> tuple[Path | None, torch.nn.Module, torch.Tensor]:
+    """The file that an exporter wrote (``None``: one that is not to be compared), the model that is in it, which is
+    the exporter's own copy, fused and with its head in export mode, and the images it was traced with."""
+    model, images, args = exporter.model, exporter.im, exporter.args
+    suffix = {"torchscript": ".torchscript", "onnx": ".onnx"}.get(str(args.format).lower())
+    if suffix is None:
+        return None, model, images
+    if getattr(args, "quantize", None) not in (None, 16, 32):
+        LOGGER.info("AmpCheck: an export to integers computes something else on purpose, and is not compared.")
+        return None, model, images
+    if getattr(args, "nms", False):
+        from ultralytics.engine import exporter as engine
+
+        # Older versions have suppression in CoreML files alone.
+        wrapper: Any = getattr(engine, "NMSModel", None)
+        model = model if wrapper is None else wrapper(model, args).eval()
+    return exporter.file.with_suffix(suffix), model, images
+
+
 def _declared(trainer: Any, given: bool) -> Precision:
     """What ``amp=`` asks for. ``True`` is torch's default dtype for an accelerator, and names none for a CPU, where
     Ultralytics has no AMP. Validation is in that default whatever the dtype of training."""
@@ -381,6 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fail-on", default="never")
     parser.add_argument("--watch-steps", default=1, type=int, metavar="N")
     parser.add_argument("--report", default=True, metavar="FILE")
+    parser.add_argument("--compare-export", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     try:
         check = AmpCheck(**vars(options))

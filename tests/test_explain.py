@@ -31,6 +31,7 @@ NOT_RUN = {
     "AMP308": "refused by a host's precision plugin; see tests/failure",
     "AMP407": "two processes that broadcast buffers; see tests/inplace",
     "AMP601": "a trace of a module; see tests/export",
+    "AMP111": "a sharded model; see tests/distributed",
     "AMP602": "a compiled extension; see tests/export",
     "AMP603": "a trace of a function; see tests/export",
     "AMP604": "a trace; see tests/export",

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from readme import README, with_table
-
+README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-
-
-def test_the_rule_table_is_the_rules():
-    assert with_table(TEXT) == TEXT
 
 
 def test_the_commands_name_files_and_modules_that_exist():

@@ -7,12 +7,14 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
@@ -67,7 +69,6 @@ class Observation:
 
     inputs: Inputs
     outputs: object = None
-    calls: list[Call] = field(default_factory=list)
     untracked: dict[tuple[str, int, str, int], Untracked] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     ops: list[tuple[str, str]] = field(default_factory=list)
@@ -82,25 +83,60 @@ def observe(model: nn.Module, inputs: Inputs, seed: int) -> Observation:
     depends on the inputs depends on them too. Lines are found with ``sys.settrace``, in Python code outside PyTorch.
     """
     given = inputs.copied()
-    seen = Observation(given)
+    seen = Observation(inputs)
     probe = _Dataflow(model, given, seen)
     with torch.no_grad(), quiet_state(seed, model) as written:
-        with _module_calls(model, seen, probe), probe, _lines(probe, _packages(model)):
+        with _inside_modules(model, probe), probe, _lines(probe, _packages(model)):
             seen.outputs = model(*given.args, **given.kwargs)
         seen.outputs = snapshot(seen.outputs)
         seen.written = frozenset(written())
     return seen
 
 
-def modules_run(model: nn.Module, inputs: Inputs, seed: int) -> Observation:
-    """Run ``model`` once without gradients and keep what its modules computed; buffers and random state put back."""
+def modules_run(model: nn.Module, inputs: Inputs, seed: int) -> tuple[Any, list[Call]]:
+    """Run ``model`` once without gradients: its outputs, and what its modules took and gave, in the order in which
+    their calls ended."""
+    names = module_names(model)
+    counts: Counter[str] = Counter()
+    stack: list[list[Tensor]] = []
+    calls: list[Call] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack.append([tensor.detach().clone() for tensor in tensors_in((args, kwargs))])
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        name = names[id(module)]
+        outputs = [tensor.detach().clone() for tensor in tensors_in(output)]
+        calls.append(Call(name, type(module).__name__, counts[name], stack.pop(), outputs))
+        counts[name] += 1
+
+    with _module_hooks(model, enter, leave):
+        return eager_outputs(model, inputs, seed), calls
+
+
+def eager_outputs(model: nn.Module, inputs: Inputs, seed: int) -> Any:
+    """What ``model`` returns, without gradients. Buffers and random state are put back."""
     given = inputs.copied()
-    seen = Observation(given)
-    with torch.no_grad(), quiet_state(seed, model) as written:
-        with _module_calls(model, seen, None):
-            seen.outputs = snapshot(model(*given.args, **given.kwargs))
-        seen.written = frozenset(written())
-    return seen
+    with torch.no_grad(), quiet_state(seed, model):
+        return snapshot(model(*given.args, **given.kwargs))
+
+
+def outputs_rounded_otherwise(model: nn.Module, inputs: Inputs, seed: int) -> Any:
+    """The same where what float32 and float64 modules compute is changed by as little as rounding does."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(tensor: Tensor) -> Tensor:
+        if tensor.dtype not in (torch.float32, torch.float64) or not tensor.numel():
+            return tensor
+        step = 4 * torch.finfo(tensor.dtype).eps * float(tensor.abs().max())
+        return tensor + step * torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        leaf = next(module.children(), None) is None
+        return pytree.tree_map_only(Tensor, nudge, output) if leaf else None
+
+    with _module_hooks(model, lambda *_: None, leave):
+        return eager_outputs(model, inputs, seed)
 
 
 @contextlib.contextmanager
@@ -154,31 +190,25 @@ def snapshot(value: Any) -> Any:
     return value
 
 
-@contextlib.contextmanager
-def _module_calls(model: nn.Module, seen: Observation, probe: _Dataflow | None) -> Iterator[None]:
-    """Hooks on every module that keep what goes in and out."""
+def _inside_modules(model: nn.Module, probe: _Dataflow) -> AbstractContextManager[None]:
+    """Tell the probe which module is running, and show it what modules return."""
     names = module_names(model)
-    counts: Counter[str] = Counter()
-    stack: list[tuple[str, list[Tensor]]] = []
-    handles: list[RemovableHandle] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with _disable_current_modes():
-            stack.append((names[id(module)], [t.detach().clone() for t in tensors_in((args, kwargs))]))
-        if probe is not None:
-            probe.module.append(names[id(module)])
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        probe.module.append(names[id(module)])
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if probe is not None:
-            for tensor in tensors_in(output):
-                probe.meet(tensor, None)
-            probe.module.pop()
-        name, inputs = stack.pop()
-        with _disable_current_modes():
-            outputs = [t.detach().clone() for t in tensors_in(output)]
-        seen.calls.append(Call(name, type(module).__name__, counts[name], inputs, outputs))
-        counts[name] += 1
+        for tensor in tensors_in(output):
+            probe.meet(tensor, None)
+        probe.module.pop()
 
+    return _module_hooks(model, enter, leave)
+
+
+@contextlib.contextmanager
+def _module_hooks(model: nn.Module, enter: Callable[..., None], leave: Callable[..., Any]) -> Iterator[None]:
+    """Hooks on every module, around its calls."""
+    handles: list[RemovableHandle] = []
     try:
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule) or module is model:

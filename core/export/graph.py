@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -50,54 +52,81 @@ class Visible:
 
 
 class Value(NamedTuple):
-    """A value of a flat graph: the module it was made in, and those it is used in (``None``: it is an output)."""
+    """A value of a flat graph: the modules it was made in, outermost first, and those of each use (``None``: it is an
+    output)."""
 
     tensor: Tensor
-    module: str
-    users: Sequence[str | None]
+    modules: tuple[str, ...]
+    users: Sequence[tuple[str, ...] | None]
 
 
 POOLED = -1
 
 
-def pooled(values: list[Value]) -> list[Call]:
+def pooled(values: list[Value], named: Callable[[str], str]) -> list[Call]:
     """What crosses the borders of each module in a flat graph. Calls of one module are not told apart; its last
     value puts a module in its place in the order."""
     outputs: dict[str, list[Tensor]] = {}
     inputs: dict[str, list[Tensor]] = {}
-    for tensor, module, users in values:
-        for outer in around(module):
-            if any(user is None or not inside(user, outer) for user in users):
-                outputs[outer] = [*outputs.pop(outer, []), tensor]
-        entered = {outer for user in users if user is not None for outer in around(user) if not inside(module, outer)}
-        for outer in entered:
-            inputs.setdefault(outer, []).append(tensor)
+    for tensor, modules, users in values:
+        for module in reversed(modules):
+            if any(user is None or module not in user for user in users):
+                name = named(module)
+                outputs[name] = [*outputs.pop(name, []), tensor]
+        entered = {named(module) for user in users for module in user or () if module not in modules}
+        for name in entered:
+            inputs.setdefault(name, []).append(tensor)
     return [Call(name, "", POOLED, inputs.get(name, []), tensors) for name, tensors in outputs.items()]
 
 
-def around(module: str) -> list[str]:
-    """``["a.b", "a", ""]`` of ``a.b``."""
+def around(module: str) -> tuple[str, ...]:
+    """``("", "a", "a.b")`` of ``a.b``."""
     parts = module.split(".") if module else []
-    return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+    return tuple(".".join(parts[:length]) for length in range(len(parts) + 1))
 
 
 def inside(module: str, outer: str) -> bool:
     return not outer or module == outer or module.startswith(f"{outer}.")
 
 
+def _joined(path: str, part: str) -> Iterator[str]:
+    names = path.split(".") if path else []
+    for kept in range(len(names), -1, -1):
+        full = ".".join([*names[:kept], part])
+        if inside(full, path):
+            yield full
+
+
 class Exported(abc.ABC):
     """An exported model.
 
     ``format`` is what to call it, ``practice`` whose tolerance it is held to, ``traced`` whether one run on an example
-    made it, so that other sizes are nothing it claims to take. ``modules`` are the names of the eager model's modules,
-    and ``parameters`` those of its forward's parameters.
+    made it, so that other sizes are nothing it claims to take. ``names`` maps every name of a module of the eager model
+    to its first one (a module may have two parents), and ``parameters`` are the names of its forward's parameters.
     """
 
     format: str
     practice: str
     traced = False
-    modules: frozenset[str] = frozenset()
+    names: Mapping[str, str] = MappingProxyType({})
     parameters: tuple[str, ...] = ()
+
+    def named(self, module: str) -> str:
+        """The name the eager model calls a module by."""
+        return self.names.get(module, module)
+
+    def chain(self, parts: Iterable[str]) -> tuple[str, ...]:
+        """The modules of the eager model that ``parts`` name, outermost first. A part is a path from the outermost
+        module or from the one before it, may repeat the last names of that (``a.list.0``, ``list.0.1``), and carries a
+        suffix where it is another call of the module."""
+        path = ""
+        for part in parts:
+            for spelled in (part, re.sub(r"_\d+$", "", part)):
+                found = next((full for full in _joined(path, spelled) if full in self.names), None)
+                if found is not None:
+                    path = found
+                    break
+        return around(path)
 
     @property
     def module(self) -> nn.Module | None:
@@ -123,8 +152,9 @@ class Exported(abc.ABC):
         """The buffers that the graph says it writes."""
         return set()
 
-    def resized_shapes(self, inputs: Inputs) -> list[tuple[int, ...]] | None:
-        """Other sizes that it claims to take, for every input tensor; ``None`` where it claims nothing."""
+    def resized_shapes(self, inputs: Inputs, *, double: bool = False) -> list[tuple[int, ...]] | None:
+        """Other sizes that it claims to take, for every input tensor: one more, or twice as many. ``None`` where it
+        claims nothing."""
         return None
 
     @abc.abstractmethod

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ampcheck.export.eager import Call
 from ampcheck.export.graph import Cast, Constant, Exported, TrainingOp, Value, Visible, pooled
-from ampcheck.export.program import _other
-from ampcheck.export.values import Inputs
+from ampcheck.export.values import Inputs, other_size
 from ampcheck.source import is_library, is_torch, site_of
 from ampcheck.trace import OpaqueCall, Site
 from ampcheck.walk import dtype_name
@@ -66,7 +65,7 @@ class OnnxModel(Exported):
             for argument in self._session.get_inputs()
         )
 
-    def resized_shapes(self, inputs: Inputs) -> list[tuple[int, ...]] | None:
+    def resized_shapes(self, inputs: Inputs, *, double: bool = False) -> list[tuple[int, ...]] | None:
         chosen: dict[str, int] = {}
         shapes = []
         feed = self._feed(inputs)
@@ -75,7 +74,7 @@ class OnnxModel(Exported):
             sizes = []
             for declared, size in zip(argument.shape, given, strict=True):
                 name = declared if isinstance(declared, str) else None
-                sizes.append(chosen.setdefault(name, _other(size, None)) if name else size)
+                sizes.append(chosen.setdefault(name, other_size(size, None, double=double)) if name else size)
             shapes.append(tuple(sizes))
         return shapes if chosen else None
 
@@ -87,18 +86,18 @@ class OnnxModel(Exported):
             return [], "onnx is not installed, and without it the model cannot be looked into"
         model = type(self._proto)()
         model.CopyFrom(self._proto)
-        places = {node.output[i]: self._place(node) for node in model.graph.node for i in range(len(node.output))}
-        if not any(places.values()):
+        places = {output: self._stack(node) for node in model.graph.node for output in node.output}
+        if not any(len(modules) > 1 for modules in places.values()):
             return [], "the nodes of the ONNX model do not name the modules they came from"
         outputs = {output.name for output in model.graph.output}
-        users: dict[str, list[str | None]] = {name: [None] for name in outputs}
+        users: dict[str, list[tuple[str, ...] | None]] = {name: [None] for name in outputs}
         for node in model.graph.node:
             for name in node.input:
-                users.setdefault(name, []).append(self._place(node))
+                users.setdefault(name, []).append(self._stack(node))
         wanted = [
             name
-            for name, module in places.items()
-            if name and any(user is None or user != module for user in users.get(name, []))
+            for name, modules in places.items()
+            if name and any(user is None or user != modules for user in users.get(name, []))
         ]
         for name in wanted:
             if name not in outputs:
@@ -106,14 +105,14 @@ class OnnxModel(Exported):
         session = self._open(self._serialized(model), optimized=False)
         feed = self._feed(inputs)
         found = dict(zip((o.name for o in session.get_outputs()), session.run(None, feed), strict=True))
-        values = [Value(_tensor(array), "", users.get(name, [])) for name, array in feed.items()]
+        values = [Value(_tensor(array), ("",), users.get(name, [])) for name, array in feed.items()]
         order = [name for node in model.graph.node for name in node.output if name in found]
         values += [
             Value(_tensor(found[name]), places[name], users.get(name, []))
             for name in order
             if isinstance(found[name], np.ndarray)
         ]
-        return pooled(values), None
+        return pooled(values, self.named), None
 
     def constants(self) -> Iterator[Constant]:
         if self._proto is None:
@@ -161,8 +160,11 @@ class OnnxModel(Exported):
             elif node.op_type == "BatchNormalization" and training:
                 yield TrainingOp("batch_norm", self._place(node), _site(node))
 
+    def _stack(self, node: Any) -> tuple[str, ...]:
+        return self.chain(_parts(node))
+
     def _place(self, node: Any) -> str:
-        return _module(node, self.modules)
+        return self.named(self._stack(node)[-1])
 
     def _open(self, source: Any, *, optimized: bool) -> Any:
         options = self._runtime.SessionOptions()
@@ -212,23 +214,15 @@ def _tensor(array: Any) -> Any:
     return torch.from_numpy(np.array(array)) if array.dtype.kind in "fiubc" else array
 
 
-def _module(node: Any, known: frozenset[str]) -> str:
-    """The module a node came from: the exporter's metadata, else the node's name (``/layer1/layer1.0/conv1/Conv``)."""
+def _parts(node: Any) -> list[str]:
+    """The modules a node came from: the exporter's metadata, else its name (``/layer1/layer1.0/conv1/Conv``)."""
     if node is None:
-        return ""
+        return []
+    parts = node.name.split("/")[1:-1] if node.name.startswith("/") else []
     for entry in node.metadata_props if hasattr(node, "metadata_props") else ():
         if entry.key == "pkg.torch.onnx.name_scopes":
-            scopes = ast.literal_eval(entry.value)
-            return re.sub(r"@\d+", "", scopes[-2]) if len(scopes) > 1 else ""
-    path = ""
-    for part in node.name.split("/")[1:-1] if node.name.startswith("/") else ():
-        # The second call of a module carries a suffix, which a module may also have in its name.
-        for spelled in (part, re.sub(r"_\d+$", "", part)):
-            full = spelled if not path or spelled.startswith(f"{path}.") else f"{path}.{spelled}"
-            if full in known:
-                path = full
-                break
-    return path
+            parts = [re.sub(r"@\d+", "", scope) for scope in ast.literal_eval(entry.value)[:-1] if scope]
+    return parts
 
 
 def _site(node: Any) -> Site | None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from ampcheck.export.eager import Call, quiet_state
 from ampcheck.export.graph import Cast, Constant, Exported, TrainingOp, Value, Visible, pooled
-from ampcheck.export.values import Inputs, tensors_in
+from ampcheck.export.values import Inputs, other_size, tensors_in
 from ampcheck.source import is_library, is_ours, is_torch, site_of
 from ampcheck.trace import OpaqueCall, Site
 from ampcheck.walk import dtype_name
@@ -47,9 +48,8 @@ class Program(Exported):
         return self._module
 
     def arity(self) -> tuple[int, int] | None:
-        args, kwargs = self._program.call_spec.in_spec.children_specs
-        count = len(args.children_specs) + len(kwargs.children_specs)
-        return count, count
+        args, kwargs = _arguments(self._program.call_spec.in_spec)
+        return len(args) + len(kwargs), len(args) + len(kwargs)
 
     def declared(self) -> tuple[Visible, ...]:
         found = []
@@ -61,7 +61,7 @@ class Program(Exported):
                 found.append(Visible(str(name), value.dtype, shape))
         return tuple(found)
 
-    def resized_shapes(self, inputs: Inputs) -> list[tuple[int, ...]] | None:
+    def resized_shapes(self, inputs: Inputs, *, double: bool = False) -> list[tuple[int, ...]] | None:
         values = [self._placeholders[v.name].meta["val"] for v in self.declared()]
         tensors = inputs.tensors
         if len(values) != len(tensors):
@@ -72,7 +72,7 @@ class Program(Exported):
                 expression = getattr(getattr(size, "node", None), "expr", None)
                 if expression is not None and getattr(expression, "is_Symbol", False):
                     bounds = self._program.range_constraints.get(expression)
-                    chosen.setdefault(expression, _other(given, bounds))
+                    chosen.setdefault(expression, other_size(given, bounds, double=double))
         if not chosen:
             return None
         shapes = []
@@ -86,15 +86,15 @@ class Program(Exported):
 
     def calls(self, inputs: Inputs, seed: int) -> tuple[list[Call], str | None]:
         given = inputs.copied()
-        interpreter = _Recorder(self._module)
+        interpreter = _Recorder(self._module, self._stack)
         spec = self._module._in_spec
         flat = _flat(given, spec)
         with torch.no_grad(), quiet_state(seed, self._module):
             try:
                 interpreter.run(*flat, enable_io_processing=False)
             except Exception as error:  # noqa: BLE001 - whatever an op of the user's raises
-                return pooled(interpreter.values), f"the program stopped: {str(error).splitlines()[0]}"
-        return pooled(interpreter.values), None
+                return pooled(interpreter.values, self.named), f"the program stopped: {str(error).splitlines()[0]}"
+        return pooled(interpreter.values, self.named), None
 
     def constants(self) -> Iterator[Constant]:
         named = self._program.graph_signature.inputs_to_lifted_tensor_constants
@@ -102,18 +102,18 @@ class Program(Exported):
             value = self._program.constants.get(name)
             if isinstance(value, Tensor):
                 users = list(self._placeholders[placeholder].users)
-                yield Constant(_path(users[0]) if users else "", value, _site(users[0]) if users else None)
+                yield Constant(self._path(users[0]) if users else "", value, _site(users[0]) if users else None)
 
     def opaque_calls(self) -> Iterator[OpaqueCall]:
         for node in self._calls():
             target = node.target
             known = isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
             if isinstance(target, torch._ops.HigherOrderOperator) and "autograd_function" in target.name():
-                yield OpaqueCall("autograd-function", target.name(), _path(node), _site(node))
+                yield OpaqueCall("autograd-function", target.name(), self._path(node), _site(node))
             elif not known and getattr(target, "__module__", "") not in (operator.__name__, "_operator", "math"):
                 name = getattr(target, "__name__", str(target))
                 if not str(getattr(target, "__module__", "")).startswith(("torch", "builtins")):
-                    yield OpaqueCall("python", name, _path(node), _site(node))
+                    yield OpaqueCall("python", name, self._path(node), _site(node))
 
     def casts(self) -> Iterator[Cast]:
         for node in self._calls():
@@ -121,18 +121,24 @@ class Program(Exported):
                 dtype = next((v for v in (*node.args[1:], *node.kwargs.values()) if isinstance(v, torch.dtype)), None)
                 if dtype in _LOW:
                     assert dtype is not None
-                    yield Cast(_path(node), dtype_name(dtype), _site(node))
+                    yield Cast(self._path(node), dtype_name(dtype), _site(node))
 
     def training_ops(self) -> Iterator[TrainingOp]:
         for node in self._calls():
             if _name(node) in _DROPOUT and len(node.args) > 2 and node.args[2] is True:
-                yield TrainingOp("dropout", _path(node), _site(node))
+                yield TrainingOp("dropout", self._path(node), _site(node))
             elif _name(node) in _NORM and len(node.args) > 5 and node.args[5] is True:
-                yield TrainingOp("batch_norm", _path(node), _site(node))
+                yield TrainingOp("batch_norm", self._path(node), _site(node))
 
     def written(self) -> set[str]:
         """The buffers whose new values the program returns."""
         return set(self._program.graph_signature.buffers_to_mutate.values())
+
+    def _stack(self, node: fx.Node) -> tuple[str, ...]:
+        return self.chain(_parts(node))
+
+    def _path(self, node: fx.Node) -> str:
+        return self.named(self._stack(node)[-1])
 
     def _calls(self) -> Iterator[fx.Node]:
         """Nodes that call something, those of inner graphs included."""
@@ -146,8 +152,9 @@ class Program(Exported):
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps every value that leaves the module it was made in."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, stack: Callable[[fx.Node], tuple[str, ...]]) -> None:
         super().__init__(module, garbage_collect_values=True)
+        self._stack = stack
         self.values: list[Value] = []
 
     def run_node(self, n: fx.Node) -> Any:
@@ -155,34 +162,33 @@ class _Recorder(fx.Interpreter):
             return None
         result = super().run_node(n)
         if n.op in ("call_function", "placeholder", "call_module"):
-            users = [None if user.op == "output" else _path(user) for user in n.users]
+            users = [None if user.op == "output" else self._stack(user) for user in n.users]
             for tensor in tensors_in(result):
-                self.values.append(Value(tensor.detach().clone(), _path(n), users))
+                self.values.append(Value(tensor.detach().clone(), self._stack(n), users))
         return result
 
 
 def _flat(inputs: Inputs, spec: Any) -> list[Any]:
-    kwargs = {key: inputs.kwargs[key] for key in spec.children_specs[1].context if key in inputs.kwargs}
-    leaves: list[Any] = torch.utils._pytree.tree_leaves((inputs.args, kwargs))
+    kwargs = {key: inputs.kwargs[key] for key in _arguments(spec)[1] if key in inputs.kwargs}
+    leaves: list[Any] = pytree.tree_leaves((inputs.args, kwargs))
     return leaves
 
 
-def _other(given: int, bounds: Any) -> int:
-    """Another size within the bounds."""
-    for size in (given + 1, given + 2, given - 1, 2 * given):
-        if size >= 2 and (bounds is None or bounds.lower <= size <= bounds.upper):
-            return size
-    return given
+def _arguments(spec: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the form ``spec``, with numbers for tensors."""
+    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    return args, kwargs
 
 
-def _path(node: fx.Node) -> str:
-    """The innermost module of a node, by its qualified name: ``bs.0`` also where it is written ``L['self'].bs[0]``."""
-    stack = node.meta.get("nn_module_stack") or {}
-    name = str(list(stack.values())[-1][0]) if stack else ""
-    name = re.sub(r"@\d+", "", name)
-    name = re.sub(r"^L\['\w+'\]\.?", "", name)
-    name = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)
-    return name.replace("_modules.", "").strip(".")
+def _parts(node: fx.Node) -> list[str]:
+    """The modules of a node by name: ``bs.0`` also where it is written ``L['self'].bs[0]``."""
+    names = []
+    for name, _ in (node.meta.get("nn_module_stack") or {}).values():
+        name = re.sub(r"@\d+", "", str(name))
+        name = re.sub(r"^L\['\w+'\]\.?", "", name)
+        name = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)
+        names.append(name.replace("_modules.", "").strip("."))
+    return [name for name in names if name]
 
 
 def _name(node: fx.Node) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ampcheck.export.compare import module_errors
-from ampcheck.export.eager import Observation, modules_run
+from ampcheck.export.eager import Call, modules_run
 from ampcheck.export.kernels import plain_kernels
+from ampcheck.export.runs import module_errors
 from ampcheck.export.values import APART, Inputs, Tolerances, distance, named_tensors
 from ampcheck.report import Report
 from ampcheck.trace import Comparison, OutputError, Trace
@@ -61,9 +61,9 @@ def compare_settings(
     tolerances = Tolerances("torch")
     if low is not None:
         known = tolerances.of(low)
-        tolerances = Tolerances("torch", known.relative, known.absolute)
+        tolerances = Tolerances("torch", known.relative, known.absolute, low)
     runs = [_run(model, given, setting, seed) for setting in (first, second)]
-    expected, found = (named_tensors(run.outputs) for run in runs)
+    expected, found = (named_tensors(outputs) for outputs, _ in runs)
     outputs = []
     for name, tensor in expected.items():
         apart = distance(tensor, found[name], tolerances) if name in found else APART
@@ -75,7 +75,7 @@ def compare_settings(
         first=str(first),
         second=str(second),
         outputs=tuple(outputs),
-        modules=tuple(module_errors(runs[0].calls, runs[1].calls, tolerances)),
+        modules=tuple(module_errors(runs[0][1], runs[1][1], tolerances)),
         tolerances=tuple(tolerances.used.values()),
         inputs=(given.name,),
         export=False,
@@ -83,7 +83,7 @@ def compare_settings(
     return Report(Trace(environment=environment(), model=walk(model), comparison=comparison))
 
 
-def _run(model: nn.Module, inputs: Inputs, setting: Setting, seed: int) -> Observation:
+def _run(model: nn.Module, inputs: Inputs, setting: Setting, seed: int) -> tuple[Any, list[Call]]:
     if setting.device is not None or setting.dtype is not None:
         model = copy.deepcopy(model).to(device=setting.device, dtype=setting.dtype)
 

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ampcheck.trace import OpaqueCall, Site
 from ampcheck.walk import dtype_name
 
 _DROPOUT = ("aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::alpha_dropout", "aten::native_dropout")
+_DEEPEST = 64
 _FACTORY = re.compile(r"aten::(new_)?(empty|zeros|ones|full)(_like|_strided)?$")
 _SCALAR_TYPES = {5: torch.float16, 15: torch.bfloat16}
 _FRAME = re.compile(r"(?m)^(?P<file>.+?)(?:\((?P<line>\d+)\): (?P<function>\S+)|:(?P<single>\d+):\d+)\s*$")
@@ -57,19 +58,12 @@ class TorchScript(Exported):
             copy = _copied(self._module)
         except RuntimeError:
             return self._calls_by_scope(inputs, seed), None
-        if not any(True for _ in copy.children()):
+        if len(self.names) > 1 and not any(True for _ in copy.children()):
             return [], "the modules were inlined when the graph was frozen"
-        recorder = _Recorder()
-        seen: dict[int, Any] = {}
-        for module in copy.modules():
-            script: Any = module._c
-            for name in script._method_names():
-                graph = script._get_method(name).graph
-                if id(graph) not in seen:
-                    seen[id(graph)] = graph
-                    _insert_taps(graph, graph)
+        recorder = _Recorder(self.named)
+        _insert_taps(copy)
         given = inputs.copied()
-        with recorder, torch.no_grad(), quiet_state(seed, copy), torch.jit._fuser.optimized_execution(False):
+        with recorder, torch.no_grad(), quiet_state(seed, copy):
             recorder.enter("", given.tensors)
             try:
                 outputs = snapshot(self._run_copy(copy, given))
@@ -84,8 +78,8 @@ class TorchScript(Exported):
         values = [
             (
                 value,
-                _scope(node),
-                [_scope(use.user) if use.user.kind() != "prim::Return" else None for use in value.uses()],
+                _scopes(node),
+                [_scopes(use.user) if use.user.kind() != "prim::Return" else None for use in value.uses()],
             )
             for node in graph.nodes()
             for value in node.outputs()
@@ -93,19 +87,19 @@ class TorchScript(Exported):
             and node.kind() not in ("prim::GetAttr", "prim::Constant")
         ]
         given = inputs.copied()
-        taken = [(value, "", [_scope(use.user) for use in value.uses()]) for value in list(graph.inputs())[1:]]
+        taken = [[_scopes(use.user) for use in value.uses()] for value in list(graph.inputs())[1:]]
         seen: list[Value] = []
-        recorder = _Recorder(on_value=lambda name, tensor: seen.append(Value(tensor, *notes[int(name)])))
-        notes = {index: (scope, users) for index, (_, scope, users) in enumerate(values)}
+        notes = {str(index): (scopes, users) for index, (_, scopes, users) in enumerate(values)}
+        recorder = _Recorder(self.named, lambda name, tensor: seen.append(Value(tensor, *notes[name])))
         for index, (value, _, _) in enumerate(values):
             label = graph.insertConstant(str(index))
             label.node().moveBefore(value.node())
             graph.create("ampcheck_tap::leave", [label, value], 0).insertAfter(value.node())
         function = torch._C._create_function_from_graph("ampcheck_scopes", graph)
-        outside = [Value(t, "", users) for t, (_, _, users) in zip(given.tensors, taken, strict=False)]
+        outside = [Value(tensor, ("",), users) for tensor, users in zip(given.tensors, taken, strict=False)]
         with recorder, torch.no_grad(), quiet_state(seed, self._module), quiet():
             function(self._module._c, *given.args, **given.kwargs)
-        return pooled([*outside, *seen])
+        return pooled([*outside, *seen], self.named)
 
     @staticmethod
     def _run_copy(copy: torch.jit.ScriptModule, inputs: Inputs) -> Any:
@@ -115,7 +109,7 @@ class TorchScript(Exported):
     @functools.cached_property
     def _nodes(self) -> list[tuple[str, Any]]:
         """Every node with the module it is in, blocks included."""
-        return list(_walk(self._module))
+        return [(self.named(step.module), step.node) for step in _walk(self._module)]
 
     def in_float32(self) -> Exported | None:
         try:
@@ -160,8 +154,9 @@ class TorchScript(Exported):
 class _Recorder:
     """What the taps report. The taps are ops, registered for as long as they are needed."""
 
-    calls: list[Call] = field(default_factory=list)
+    named: Callable[[str], str]
     on_value: Callable[[str, Tensor], None] | None = None
+    calls: list[Call] = field(default_factory=list)
     _stack: list[tuple[str, list[Tensor]]] = field(default_factory=list)
     _counts: Counter[str] = field(default_factory=Counter)
     _library: Any = None
@@ -179,17 +174,19 @@ class _Recorder:
 
     @property
     def path(self) -> str:
-        return ".".join(name for name, _ in self._stack if name)
+        return self._stack[-1][0] if self._stack else ""
 
     def enter(self, name: str, value: Any) -> None:
-        self._stack.append((name, [tensor.detach().clone() for tensor in tensors_in(value)]))
+        """``name`` is the module's path, within the module that calls it where it begins with a dot."""
+        path = f"{self.path}{name}".removeprefix(".") if name.startswith(".") else name
+        self._stack.append((path, [tensor.detach().clone() for tensor in tensors_in(value)]))
 
     def leave(self, name: str, value: Any) -> None:
         if self.on_value is not None:
             self.on_value(name, value.detach().clone())
             return
-        path = self.path
-        _, inputs = self._stack.pop()
+        path, inputs = self._stack.pop()
+        path = self.named(path)
         outputs = [tensor.detach().clone() for tensor in tensors_in(value)]
         self.calls.append(Call(path, "", self._counts[path], inputs, outputs))
         self._counts[path] += 1
@@ -205,22 +202,85 @@ def _copied(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     return copy
 
 
-def _insert_taps(graph: Any, block: Any) -> None:
-    """Around every call of a submodule: what goes in and what comes out."""
-    for node in list(block.nodes()):
-        for inner in node.blocks():
-            _insert_taps(graph, inner)
-        if node.kind() != "prim::CallMethod":
-            continue
-        owner, *arguments = node.inputs()
-        path = _attribute_path(owner)
-        if not path:
-            continue
+class _Owner(NamedTuple):
+    """A module inside the exported one. ``within`` is its path from the module whose method is being read (with a dot
+    before it), or from the outermost one where it was handed in as an argument."""
+
+    path: str
+    within: str
+    script: Any
+
+
+class _Step(NamedTuple):
+    """A node, the module it is in, and for a call of another module that module."""
+
+    module: str
+    graph: Any
+    node: Any
+    called: _Owner | None
+
+
+def _walk(module: Any) -> Iterator[_Step]:
+    """Every node that a call of ``module`` reaches."""
+    script = getattr(module, "_c", module)
+    yield from _walk_method(_Owner("", "", script), script._get_method("forward").graph, [], 0)
+
+
+def _walk_method(owner: _Owner, graph: Any, arguments: list[_Owner | None], depth: int) -> Iterator[_Step]:
+    """A trace of a module that has two parents hands it, as an argument, to the one it is not an attribute of."""
+    own = _Owner(owner.path, "", owner.script)
+    known = {
+        value.debugName(): module
+        for value, module in zip(graph.inputs(), [own, *arguments], strict=False)
+        if module is not None
+    }
+    yield from _walk_block(own, graph, graph, known, depth)
+
+
+def _walk_block(own: _Owner, graph: Any, block: Any, known: dict[str, _Owner], depth: int) -> Iterator[_Step]:
+    for node in block.nodes():
+        called, *arguments = (
+            [_owner(value, known) for value in node.inputs()] if node.kind() == "prim::CallMethod" else [None]
+        )
+        yield _Step(own.path, graph, node, called)
+        if called is not None and depth < _DEEPEST:
+            inner = called.script._get_method(node.s("name")).graph
+            handed = [module and module._replace(within=module.path) for module in arguments]
+            yield from _walk_method(called, inner, handed, depth + 1)
+        for nested in node.blocks():
+            yield from _walk_block(own, graph, nested, known, depth)
+
+
+def _owner(value: Any, known: dict[str, _Owner]) -> _Owner | None:
+    """The module that a value of the graph is: ``GetAttr[name="0"](GetAttr[name="blocks"](self))``."""
+    names: list[str] = []
+    while value.node().kind() == "prim::GetAttr":
+        names.append(value.node().s("name"))
+        value = next(iter(value.node().inputs()))
+    owner = known.get(value.debugName())
+    if owner is None:
+        return None
+    path, within, script = owner
+    for name in reversed(names):
+        path, within, script = f"{path}.{name}" if path else name, f"{within}.{name}", script.getattr(name)
+    return _Owner(path, within, script) if isinstance(script, torch._C.ScriptModule) else None
+
+
+def _insert_taps(module: torch.jit.ScriptModule) -> None:
+    """Around every call of a submodule: what goes in and what comes out. Modules of one type may share a graph."""
+    calls = {
+        (id(step.graph), step.node.output().debugName()): step
+        for step in _walk(module)
+        if step.called is not None and step.called.within
+    }
+    for _, graph, node, called in calls.values():
+        assert called is not None
+        arguments = [value for value in list(node.inputs())[1:] if value.type().kind() != "ClassType"]
         packed = graph.create("prim::TupleConstruct", arguments, 1)
         packed.insertBefore(node)
         packed.output().setType(torch._C.TupleType([argument.type() for argument in arguments]))
         for name, value in (("enter", packed.output()), ("leave", node.output())):
-            label = graph.insertConstant(path)
+            label = graph.insertConstant(called.within)
             label.node().moveBefore(node)
             tap = graph.create(f"ampcheck_tap::{name}", [label, value], 0)
             if name == "enter":
@@ -229,48 +289,18 @@ def _insert_taps(graph: Any, block: Any) -> None:
                 tap.insertAfter(node)
 
 
-def _attribute_path(value: Any) -> str:
-    """``bs.0`` of ``GetAttr[name="0"](GetAttr[name="bs"](self))``; nothing for ``self``."""
-    parts: list[str] = []
-    while value.node().kind() == "prim::GetAttr":
-        parts.append(value.node().s("name"))
-        value = next(iter(value.node().inputs()))
-    return ".".join(reversed(parts))
-
-
-def _scope(node: Any) -> str:
-    """``b1.n`` of the scope ``__module.b1/__module.b1.n``."""
-    innermost: str = node.scopeName().rpartition("/")[2]
-    return innermost.removeprefix("__module.").removeprefix("__module")
-
-
-def _walk(module: Any, path: str = "", method: str = "forward", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    c = getattr(module, "_c", module)
-    yield from _walk_block(c, c._get_method(method).graph, path, depth)
-
-
-def _walk_block(c: Any, block: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
-    for node in block.nodes():
-        if node.kind() == "prim::CallMethod" and depth < 64:
-            target = _attribute_path(next(iter(node.inputs())))
-            owner = c
-            for name in target.split(".") if target else ():
-                owner = owner.getattr(name)
-            inner = ".".join(part for part in (path, target) if part)
-            yield from _walk_block(owner, owner._get_method(node.s("name")).graph, inner, depth + 1)
-        else:
-            yield path, node
-            for nested in node.blocks():
-                yield from _walk_block(c, nested, path, depth)
+def _scopes(node: Any) -> tuple[str, ...]:
+    """``("", "b1", "b1.n")`` of the scope ``__module.b1/__module.b1.n``."""
+    scopes = [scope.removeprefix("__module.").removeprefix("__module") for scope in node.scopeName().split("/")]
+    return tuple(dict.fromkeys(["", *scopes]))
 
 
 def _looks_traced(module: torch.jit.ScriptModule) -> bool:
     """A trace has no control flow and its source was a Python stack, not one file."""
-    kinds = {node.kind() for _, node in _walk(module)}
-    if kinds & {"prim::If", "prim::Loop"}:
+    nodes = [step.node for step in _walk(module)]
+    if any(node.kind() in ("prim::If", "prim::Loop") for node in nodes):
         return False
-    ranges = (node.sourceRange() for _, node in _walk(module) if node.kind().startswith("aten::"))
-    return any("_trace.py" in text for text in ranges)
+    return any("_trace.py" in node.sourceRange() for node in nodes if node.kind().startswith("aten::"))
 
 
 def _site(node: Any) -> Site | None:

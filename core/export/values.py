@@ -17,6 +17,7 @@ from ampcheck.walk import dtype_name
 # assert_close: https://pytorch.org/docs/stable/testing.html; trace: `check_tolerance` of torch.jit.trace;
 # onnx: `rtol` of torch.onnx.verification. Kernels sum in different orders, more than assert_close's 1.3e-6 allows.
 _CLOSE = {torch.float16: (1e-3, 1e-5), torch.bfloat16: (1.6e-2, 1e-5), torch.float64: (1e-7, 1e-7)}
+_SLICE = 8
 _RELATIVE = {"torch": (1e-5, "torch.jit.trace's check_tolerance"), "onnx": (1e-3, "torch.onnx.verification's rtol")}
 
 
@@ -110,6 +111,14 @@ def resized(example: Inputs, shapes: Sequence[tuple[int, ...]], name: str, seed:
     return example.map(lambda _, tensor: _drawn(tensor, next(wanted), generator), name)
 
 
+def other_size(given: int, bounds: Any, *, double: bool) -> int:
+    """Another size within ``bounds``, which have a ``lower`` and an ``upper`` (``None``: any)."""
+    for size in (2 * given,) if double else (given + 1, given + 2, given - 1, 2 * given):
+        if size >= 2 and (bounds is None or bounds.lower <= size <= bounds.upper):
+            return size
+    return given
+
+
 def _range(tensor: Tensor) -> tuple[float, float]:
     values = tensor.detach().to("cpu", torch.float64)
     values = values[values.isfinite()]
@@ -155,10 +164,18 @@ def _faded(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Tolerances:
-    """Tolerance by dtype. Given values replace the usual ones for every floating dtype."""
+    """Tolerance by dtype. Given values replace the usual ones for every floating dtype. ``computed_in`` is the dtype
+    whose rounding is to be expected, where that is not the tensors' own."""
 
-    def __init__(self, practice: str, relative: float | None = None, absolute: float | None = None) -> None:
+    def __init__(
+        self,
+        practice: str,
+        relative: float | None = None,
+        absolute: float | None = None,
+        computed_in: torch.dtype | None = None,
+    ) -> None:
         self._practice, self._relative, self._absolute = practice, relative, absolute
+        self._computed_in = computed_in
         self.used: dict[torch.dtype, Tolerance] = {}
 
     def of(self, dtype: torch.dtype) -> Tolerance:
@@ -166,6 +183,10 @@ class Tolerances:
         if found is None:
             found = self.used[dtype] = self._choose(dtype)
         return found
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """What sums in another order may differ by, relative to the largest value of the tensor."""
+        return 8 * torch.finfo(self._computed_in or dtype).eps
 
     def _choose(self, dtype: torch.dtype) -> Tolerance:
         name = dtype_name(dtype)
@@ -196,32 +217,57 @@ APART = Distance(math.inf, math.inf, False)
 
 
 @torch.no_grad()
-def distance(eager: Tensor, other: Tensor, tolerances: Tolerances) -> Distance:
+def distance(
+    eager: Tensor, other: Tensor, tolerances: Tolerances, operands: float = 0.0, ordered: int | None = None
+) -> Distance:
     """Compare by value, on the CPU, in float64. NaN and infinity equal themselves. The dtype with the wider
-    tolerance decides."""
+    tolerance decides.
+
+    ``operands`` is the largest value that it was computed from: to its size rounding is no difference.
+    The largest value of the tensor is the measure, and then the largest of each row and channel: one tensor may hold
+    boxes in pixels and scores below one.
+
+    ``ordered`` is an axis along which both are sorted first, so that only what the values are is compared, and not
+    where along it."""
     if eager.shape != other.shape:
         return APART
-    tolerance = max(tolerances.of(eager.dtype), tolerances.of(other.dtype), key=lambda t: t.relative)
+    dtype = max(eager.dtype, other.dtype, key=lambda dtype: tolerances.of(dtype).relative)
+    tolerance = tolerances.of(dtype)
     wide = torch.complex128 if eager.is_complex() or other.is_complex() else torch.float64
     a, b = (tensor.detach().to_dense().to("cpu", wide) for tensor in (eager, other))
     if not a.numel():
         return Distance(0.0, 0.0, True)
+    if ordered is not None:
+        a, b = (torch.view_as_real(values) if values.is_complex() else values for values in (a, b))
+        a, b = (values.sort(ordered).values for values in (a, b))
     finite = a.isfinite() & b.isfinite()
     odd = ~finite & ~((a == b) | (a.isnan() & b.isnan()))
     if odd.any():
         return APART
-    if not finite.any():
-        return Distance(0.0, 0.0, True)
-    a, b = a[finite], b[finite]
-    largest = float(a.abs().max())
-    absolute = float((a - b).abs().max())
+    sizes, errors = a.abs().where(finite, 0), (a - b).abs().where(finite, 0)
+    largest, absolute = float(sizes.max()), float(errors.max())
     # An absolute tolerance larger than the values themselves would let anything pass.
-    floor = min(tolerance.absolute, 1e-2 * largest) if largest else tolerance.absolute
+    floor = min(tolerance.absolute, 1e-2 * max(largest, operands)) if largest else tolerance.absolute
     relative = absolute / largest if largest else (math.inf if absolute else 0.0)
-    return Distance(absolute, relative, absolute <= floor + tolerance.relative * largest)
+    if absolute > floor + tolerance.relative * largest:
+        return Distance(absolute, relative, False)
+    equal = True
+    if tolerance.relative and absolute:
+        floor += min(tolerance.relative, tolerances.rounding(dtype)) * largest
+        for axis, length in enumerate(a.shape):
+            if axis != ordered and length > 1 and a.numel() // length >= _SLICE:
+                wrong, scale = (values.movedim(axis, 0).flatten(1).amax(1) for values in (errors, sizes))
+                apart = wrong > floor + tolerance.relative * scale
+                if apart.any():
+                    relative, equal = max(relative, float((wrong / scale)[apart].max())), False
+    return Distance(absolute, relative, equal)
 
 
-def closest(eager: Tensor, candidates: Sequence[Tensor], tolerances: Tolerances) -> Distance | None:
+def closest(
+    eager: Tensor, candidates: Sequence[Tensor], tolerances: Tolerances, operands: float = 0.0
+) -> Distance | None:
     """The distance to the nearest candidate of the same shape; ``None`` where there is none."""
-    found = [distance(eager, candidate, tolerances) for candidate in candidates if candidate.shape == eager.shape]
+    found = [
+        distance(eager, candidate, tolerances, operands) for candidate in candidates if candidate.shape == eager.shape
+    ]
     return min(found, key=lambda d: d.relative) if found else None

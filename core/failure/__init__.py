@@ -128,7 +128,7 @@ def _facts(kind: str, match: dict[str, str | None], scene: _Scene) -> tuple[str 
     if kind == "autocast-bad-argument":
         return kind, autocast_argument(found, match, root)
     if kind == "unscale-low-precision-gradients":
-        return kind, low_precision_gradients(found, root)
+        return kind, low_precision_gradients(found, root, (*callers(scene.exc), *found))
     if kind == "no-inf-checks":
         return kind, missing_gradients(found, root)
     if kind == "scaler-out-of-order":
@@ -156,11 +156,13 @@ def _dtype_facts(kind: str, match: dict[str, str | None], scene: _Scene) -> tupl
         # The same dtype twice is a mix-up of devices; integers are no matter of precision.
         return None, {}
     within = inner(found)
-    operation = find_operation(within, told & FLOATING if kind != "op-not-implemented" else told)
+    # A write may be to integers.
+    operation = find_operation(within, told & FLOATING if kind == "dtype-mismatch" else told)
     naming = Naming(scene.root, found)
     outward = found[: found.index(operation.place) + 1] if operation else found
     described = [describe(value, naming, outward) for value in (operation.values if operation else ())]
-    operands = [fact for fact, _ in described if fact["dtype"] in FLOATING]
+    relevant = FLOATING | told if kind == "in-place-dtype" else FLOATING
+    operands = [fact for fact, _ in described if fact["dtype"] in relevant]
     missing = (told & FLOATING) - {operand["dtype"] for operand in operands}
     if operands and missing and kind == "dtype-mismatch":
         operands += own_tensors(within, naming, missing)
@@ -173,7 +175,7 @@ def _dtype_facts(kind: str, match: dict[str, str | None], scene: _Scene) -> tupl
     regions, opaque = autocast_regions(around)
     fields: dict[str, Any] = {
         "dtypes": [dtype for group in "abc" if (dtype := dtypes[group]) is not None],
-        "operands": operands or from_message(match, dtypes),
+        "operands": operands or from_message(match, dtypes, written=kind == "in-place-dtype"),
         "producers": tuple(dict.fromkeys(site for _, site in described if site is not None)),
         "regions": regions,
         "opaque_regions": opaque,

@@ -19,8 +19,9 @@ from ampcheck.trace import Site
 from ampcheck.walk import dtype_name, module_names, tensor_names
 
 _CASTS = {"float": "float32", "half": "float16", "bfloat16": "bfloat16", "double": "float64"}
-# Calls that change neither dtype nor device.
+# Calls that change neither dtype nor device; the second do change the shape.
 _KEEP = frozenset({"contiguous", "detach", "clone"})
+_RESHAPE = frozenset({"expand", "flatten", "permute", "reshape", "squeeze", "t", "transpose", "unsqueeze", "view"})
 # PyTorch's own frames that only pass a call on.
 _PASSING = re.compile(
     r"/torch/(?:nn/modules/module|utils/_contextlib|amp/autocast_mode|overrides|_ops|_library/\w+)\.py$"
@@ -123,6 +124,13 @@ def _infer(node: ast.expr, place: Place, role: str | None = None) -> Iterator[Va
             yield dataclasses.replace(made, role=role)
     elif isinstance(node, ast.UnaryOp):
         yield from _infer(node.operand, place, role)
+    elif isinstance(node, ast.BinOp):
+        # With a number it keeps a floating dtype.
+        for side, other in ((node.left, node.right), (node.right, node.left)):
+            if type(read(other, place)) in (int, float):
+                for value in _infer(side, place, role):
+                    if value.dtype in FLOATING:
+                        yield dataclasses.replace(value, shape=None, expression=ast.unparse(node))
     else:
         yield from _flatten(read(node, place), ast.unparse(node), role)
 
@@ -145,7 +153,7 @@ def _made(node: ast.Call, place: Place) -> Value | None:
     source = next(_infer(node.func.value, place), None)
     if source is None:
         return None
-    method, dtype, device = node.func.attr, source.dtype, source.device
+    method, dtype, device, shape = node.func.attr, source.dtype, source.device, source.shape
     arguments = [read(argument, place) for argument in (*node.args, *(keyword.value for keyword in node.keywords))]
     if method in _CASTS:
         dtype = _CASTS[method]
@@ -157,9 +165,13 @@ def _made(node: ast.Call, place: Place) -> Value | None:
                 dtype, device = dtype_name(argument.dtype), str(argument.device)
             elif isinstance(argument, (torch.device, str)):
                 device = str(argument)
+    elif method in ("cpu", "cuda"):
+        device = method
+    elif method in _RESHAPE:
+        shape = None
     elif method not in _KEEP:
         return None
-    return dataclasses.replace(source, dtype=dtype, device=device, expression=ast.unparse(node))
+    return dataclasses.replace(source, dtype=dtype, device=device, shape=shape, expression=ast.unparse(node))
 
 
 class Naming:
@@ -279,12 +291,18 @@ def own_tensors(found: Sequence[Place], naming: Naming, dtypes: set[str]) -> lis
     return described
 
 
-def from_message(match: Mapping[str, str | None], dtypes: Mapping[str, str | None]) -> list[dict[str, Any]]:
-    """The operands as far as the message alone tells."""
-    found: list[dict[str, Any]] = []
-    for group in "cab":
-        dtype = dtypes.get(group)
-        if dtype is not None:
-            role = match.get(f"role_{group}")
-            found.append({"name": role.lower() if role else f"operand {len(found) + 1}", "dtype": dtype, "shape": None})
+def from_message(
+    match: Mapping[str, str | None], dtypes: Mapping[str, str | None], *, written: bool
+) -> list[dict[str, Any]]:
+    """The operands as far as the message alone tells. ``written``: it is of a write, whose target it names first."""
+    told = [(group, dtype) for group in "cab" if (dtype := dtypes.get(group)) is not None]
+    names: tuple[str, ...] = (
+        ("the target", "the source") if written else ("one operand", "another operand", "a third operand")
+    )
+    if len(told) == 1:
+        names = ("the tensor",)
+    found = []
+    for (group, dtype), name in zip(told, names, strict=False):
+        role = match.get(f"role_{group}")
+        found.append({"name": role.lower() if role else name, "dtype": dtype, "shape": None})
     return found

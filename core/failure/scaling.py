@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import ast
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ampcheck.failure.code import function_at, read, site_in, tree_of
 from ampcheck.failure.frames import Place
+from ampcheck.source import is_library
+from ampcheck.trace import Site
 from ampcheck.walk import dtype_name, tensor_names
 
 _LISTED = 20
@@ -25,8 +30,9 @@ def optimizer_of(found: Sequence[Place]) -> torch.optim.Optimizer | None:
     return None
 
 
-def low_precision_gradients(found: Sequence[Place], root: nn.Module | None) -> dict[str, Any]:
-    """Every parameter of the optimizer whose gradient is float16: how many, and which."""
+def low_precision_gradients(found: Sequence[Place], root: nn.Module | None, around: Sequence[Place]) -> dict[str, Any]:
+    """Every parameter of the optimizer whose gradient is float16: how many, which, and the line that made them so.
+    ``around`` are the places to look for it at: ``found``, and what called that and is still running."""
     optimizer = optimizer_of(found)
     if optimizer is None:
         return {}
@@ -40,7 +46,96 @@ def low_precision_gradients(found: Sequence[Place], root: nn.Module | None) -> d
             {"name": name, "dtype": dtype_name(p.dtype), "shape": list(p.shape)} for name, p in low[:_LISTED]
         ],
         "names": [name for name, _ in low],
+        "cast": casting_site(around, root, [p for _, p in low]),
     }
+
+
+def casting_site(found: Sequence[Place], root: nn.Module | None, parameters: Sequence[torch.Tensor]) -> Site | None:
+    """The one call in the user's source that made a module with one of ``parameters`` float16: on the way to the
+    running line of a function, else in the ``__init__`` of one of the model's modules. What stands under a condition
+    counts where it holds, as far as that can be told. ``None`` where there is none, or several."""
+    low = {id(parameter) for parameter in parameters}
+    places = [(function_at(place), place) for place in found if not place.library]
+    running = [([cast for cast in _casts(at, place) if cast.line < place.line], place) for at, place in places]
+    sites = _casting(running, low) or _casting(_methods(root), low)
+    return sites.pop() if len(sites) == 1 else None
+
+
+def _methods(root: nn.Module | None) -> Iterator[tuple[list[_Cast], Place]]:
+    """The casts in the ``__init__`` of the user's classes, with every module of them."""
+    of_kind: dict[type, list[_Cast]] = {}
+    for module in root.modules() if root is not None else ():
+        kind = type(module)
+        source = sys.modules.get(kind.__module__)
+        file = getattr(source, "__file__", None) or ""
+        if kind not in of_kind:
+            of_kind[kind] = _casts(_init_of(file, kind.__name__)) if file and not is_library(file) else []
+        if of_kind[kind]:
+            yield of_kind[kind], Place(file, 0, "", {"self": module}, vars(source))
+
+
+def _casting(scopes: Iterable[tuple[list[_Cast], Place]], low: set[int]) -> set[Site]:
+    sites: set[Site] = set()
+    for casts, place in scopes:
+        for cast in casts:
+            targets = (read(target, place) for target in cast.targets)
+            module = next((one for one in targets if isinstance(one, nn.Module)), None)
+            if module is None or low.isdisjoint(map(id, module.parameters())):
+                continue
+            if cast.dtypes is None or any(read(dtype, place) is torch.float16 for dtype in cast.dtypes):
+                sites.add(site_in(place.file, cast.line, "cast"))
+    return sites
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Cast(NamedTuple):
+    """A call of ``half()`` or ``to(...)``: what it may be called on (``net = Net().half()`` is known by its name), and
+    what may be a dtype; ``None`` for ``half()``."""
+
+    line: int
+    targets: tuple[ast.expr, ...]
+    dtypes: tuple[ast.expr, ...] | None
+
+
+def _casts(scope: ast.AST | None, place: Place | None = None) -> list[_Cast]:
+    found: list[_Cast] = []
+    pending: list[ast.AST] = list(getattr(scope, "body", ()))
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.With, ast.For)) or (isinstance(node, ast.If) and _holds(node.test, place)):
+            pending += node.body
+        if not isinstance(node, (ast.Assign, ast.Expr)):
+            continue
+        call, named = node.value, node.targets if isinstance(node, ast.Assign) else ()
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("half", "to"):
+            given = (*call.args, *(keyword.value for keyword in call.keywords))
+            dtypes = None if call.func.attr == "half" else given
+            found.append(_Cast(node.lineno, (call.func.value, *named), dtypes))
+    return found
+
+
+def _holds(test: ast.expr, place: Place | None) -> bool:
+    """Whether a condition on plain values held when the frame was left."""
+    if place is None:
+        return False
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        value = read(test.operand, place)
+        return type(value) in _PLAIN and not value
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.Eq, ast.NotEq)):
+        one, other = read(test.left, place), read(test.comparators[0], place)
+        known = type(one) in _PLAIN and type(other) in _PLAIN
+        return known and (one == other) is isinstance(test.ops[0], ast.Eq)
+    value = read(test, place)
+    return type(value) in _PLAIN and bool(value)
+
+
+def _init_of(file: str, name: str) -> ast.AST | None:
+    tree = tree_of(file)
+    classes = (node for node in (ast.walk(tree) if tree is not None else ()) if isinstance(node, ast.ClassDef))
+    body = next((node.body for node in classes if node.name == name), [])
+    return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
 
 
 def missing_gradients(found: Sequence[Place], root: nn.Module | None) -> dict[str, Any]:

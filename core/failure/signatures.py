@@ -285,6 +285,11 @@ SCALER = (
         (TypeError,),
         r"^GradScaler\.__init__\(\) got an unexpected keyword argument '(?P<unexpected>\w+)'",
     ),
+    _signature(
+        "scaler-bad-argument",
+        _RUNTIME,
+        r"(?P<unexpected>[Cc]losure) use is not currently supported if GradScaler is enabled",
+    ),
 )
 
 # "output 0 of Relu" since torch 2.13, "output 0 of ReluBackward0" before.
@@ -328,6 +333,12 @@ AUTOGRAD = (
         "view-modified-no-grad",
         _RUNTIME,
         r"A view was created in (?P<mode>no_grad|inference) mode and is being modified inplace",
+    ),
+    _signature(
+        "viewed-base-modified",
+        _RUNTIME,
+        rf"(?:Output (?P<output>\d+) of {_NODE} is a view|A view was created in (?P<mode>no_grad|inference) mode) "
+        "and its base or another view of its base has been modified inplace",
     ),
     _signature(
         "inference-tensor",

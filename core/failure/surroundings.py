@@ -18,7 +18,7 @@ from torch.autograd import Function
 from ampcheck.failure.code import DEPRECATED, MISSING, definition_of, parents, read, site_in
 from ampcheck.failure.frames import Place
 from ampcheck.failure.operands import Naming, Operation
-from ampcheck.source import is_library, is_torch
+from ampcheck.source import decorator_site, is_library, is_torch
 from ampcheck.trace import Site
 from ampcheck.walk import dtype_name
 
@@ -51,7 +51,8 @@ def autocast_regions(found: Sequence[Place]) -> tuple[list[dict[str, Any]], bool
         if place.in_torch("amp/autocast_mode.py"):
             made = place.names.get("autocast_instance")
             if isinstance(made, torch.autocast):
-                regions.append(_of_instance(made, place.site("call")))
+                site = decorator_site(place.names.get("func")) or place.site("call")
+                regions.append(_of_instance(made, site))
             continue
         if is_torch(place.file):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,20 +13,21 @@ from typing import Any
 
 import torch
 
-from ampcheck.probes.containment import contained, hide_frame
-from ampcheck.source import calling_site, entered_by_user
+from ampcheck.probes.containment import as_caller, contained, hide_frame
+from ampcheck.source import entered_by_user, region_site
 from ampcheck.trace import AutocastRegion, AutocastState, described
 from ampcheck.walk import dtype_name
 
 
 def autocast_state(device_type: str) -> AutocastState:
     """Autocast of the running thread for a device type; ``device_type`` must be one autocast knows."""
-    return AutocastState(
-        device_type,
-        torch.is_autocast_enabled(device_type),
-        dtype_name(torch.get_autocast_dtype(device_type)),
-        torch.is_autocast_cache_enabled(),
-    )
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return _state(device_type, enabled, dtype, torch.is_autocast_cache_enabled())
+
+
+@functools.cache
+def _state(device_type: str, enabled: bool, dtype: torch.dtype, cache: bool) -> AutocastState:
+    return AutocastState(device_type, enabled, dtype_name(dtype), cache)
 
 
 class AutocastProbe:
@@ -77,22 +79,34 @@ class AutocastProbe:
         @functools.wraps(init)
         def __init__(self: torch.autocast, *args: Any, **kwargs: Any) -> None:
             try:
-                init(self, *args, **kwargs)
+                as_caller(sys._getframe(1))(init, self, *args, **kwargs)
             except BaseException as error:
                 hide_frame(error)
+                hide_frame(error)
+                if sys.version_info < (3, 11):
+                    # A bare `raise` would bring back both.
+                    raise error
                 raise
             probe._made(self, *args, **kwargs)
 
         @functools.wraps(enter)
         def __enter__(self: torch.autocast) -> Any:
             result = enter(self)
-            probe._entered(self)
+            try:
+                probe._entered(self)
+            except BaseException:
+                # An interrupt: no `with` block was begun that would leave the region.
+                leave(self, None, None, None)
+                raise
             return result
 
         @functools.wraps(leave)
         def __exit__(self: torch.autocast, *exc: Any) -> Any:
-            probe._left(*exc)
-            return leave(self, *exc)
+            try:
+                probe._left(*exc)
+            finally:
+                left = leave(self, *exc)
+            return left
 
         for wrapper in (__init__, __enter__, __exit__):
             setattr(cls, wrapper.__name__, wrapper)
@@ -100,8 +114,7 @@ class AutocastProbe:
 
         @functools.wraps(clear)
         def clear_autocast_cache() -> None:
-            # The end of an outermost region clears the cache too, when the stack is empty already.
-            self.cache_cleared = self.cache_cleared or self.current is not None
+            self._cleared()
             clear()
 
         torch.clear_autocast_cache = clear_autocast_cache
@@ -126,6 +139,11 @@ class AutocastProbe:
         self._requested[region] = bool(enabled)
 
     @contained
+    def _cleared(self) -> None:
+        # The end of an outermost region clears the cache too, when the stack is empty already.
+        self.cache_cleared = self.cache_cleared or self.current is not None
+
+    @contained
     def _left(self, kind: Any = None, error: BaseException | None = None, traceback: Any = None) -> None:
         if self._stack:
             index = self._stack.pop()
@@ -148,7 +166,7 @@ class AutocastProbe:
                 enabled=region._enabled,
                 requested=self._requested.get(region),
                 cache=region._cache_enabled,
-                site=calling_site(),
+                site=region_site(),
                 deprecated=old,
                 outer=self.current,
                 by_user=entered_by_user(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from types import FrameType, FunctionType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -33,9 +35,37 @@ def contained(callback: Callable[Concatenate[S, P], Any]) -> Callable[Concatenat
         try:
             callback(self, *args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
-            self.error = error
+            self.error = bare(error)
 
     return call
+
+
+def undo(removal: Callable[..., object], *args: Any) -> None:
+    """Remove something, by a call that does nothing where it is gone. Where it fails, or is interrupted, it is called
+    once more before the failure is told."""
+    try:
+        removal(*args)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            removal(*args)
+        raise
+
+
+def bare(error: Exception) -> Exception:
+    """``error`` to be kept: without the frames that it came through, which hold the model and its tensors."""
+    error.__traceback__ = error.__context__ = None
+    return error
+
+
+# On one line, so that all of its code is on the line it is moved to.
+_CALL = lambda function, *args, **kwargs: function(*args, **kwargs)  # noqa: E731
+
+
+def as_caller(frame: FrameType) -> Callable[..., Any]:
+    """A function that calls ``function(*args, **kwargs)`` as the line that ``frame`` is on would: a warning that is to
+    be told of the caller names that line, and is told as often as the filters of its module say."""
+    code = _CALL.__code__.replace(co_filename=frame.f_code.co_filename, co_firstlineno=frame.f_lineno)
+    return FunctionType(code, frame.f_globals)
 
 
 def hide_frame(error: BaseException) -> None:

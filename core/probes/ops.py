@@ -59,6 +59,7 @@ class OpProbe(TorchFunctionMode):
         self._stepping: torch.optim.Optimizer | None = None
         self._thread = threading.get_ident()
         self._handles: list[Any] = []
+        self._given: tuple[Operand, ...] = ()
 
     @property
     def calls(self) -> tuple[OpCall, ...]:
@@ -66,10 +67,8 @@ class OpProbe(TorchFunctionMode):
 
     def __enter__(self) -> OpProbe:
         self._thread = threading.get_ident()
-        self._handles = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-        ]
+        self._handles = [register_optimizer_step_pre_hook(self._before_step)]
+        self._handles.append(register_optimizer_step_post_hook(self._after_step))
         self._put_at_the_bottom()
         return self
 
@@ -117,11 +116,17 @@ class OpProbe(TorchFunctionMode):
             self._called(func.__name__, args)
         elif getattr(func, "__name__", None) in _PROMOTING:
             # An in-place op writes over its first operand: look first.
-            operands = self._operands((*args, *kwargs.values()))
+            self._given = ()
+            self._look((*args, *kwargs.values()))
+            operands = self._given
             output = func(*args, **kwargs)
             self._promoted(_PROMOTING[func.__name__], operands, output)
             return output
         return func(*args, **kwargs)
+
+    @contained
+    def _look(self, values: Iterable[Any]) -> None:
+        self._given = self._operands(values)
 
     @contained
     def _called(self, op: str, args: tuple[Any, ...]) -> None:

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 from ampcheck.source import is_library, is_ours, is_torch, site_of
 from ampcheck.trace import Role, Site, Writer
 
-_USER, _LIBRARY, _PYTORCH, _OPTIMIZER, _DATA_PARALLEL, _CHECKPOINT, _ENGINE = range(7)
+_USER, _LIBRARY, _PYTORCH, _OPTIMIZER, _DATA_PARALLEL, _SHARDING, _CHECKPOINT, _ENGINE = range(8)
 _MARKED = {
+    "/torch/distributed/fsdp/_": _SHARDING,
+    "/torch/distributed/_composable/fsdp/": _SHARDING,
     "/torch/optim/": _OPTIMIZER,
     "/torch/nn/parallel/distributed.py": _DATA_PARALLEL,
     "/torch/utils/checkpoint.py": _CHECKPOINT,
@@ -43,42 +45,52 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Finds places. This runs for each op of a watched step, so what a code object is, is looked up once."""
+    """Finds places. This runs for each op of a watched step, so what a code object is, is looked up once, and equal
+    places are one object. Code objects hash slowly: they are told apart by identity, and kept."""
 
     def __init__(self) -> None:
-        self._kinds: dict[CodeType, int] = {}
+        self._kinds: dict[int, int] = {}
+        self._codes: list[CodeType] = []
+        self._found: dict[tuple[int | str, ...], Place] = {}
 
     def find(self, frame: FrameType | None) -> Place:
-        user: Instruction | None = None
-        library: Instruction | None = None
-        caller: Instruction | None = None
+        user: FrameType | None = None
+        library: FrameType | None = None
+        caller: FrameType | None = None
         writer: Writer = "code"
         kinds = self._kinds
         while frame is not None:
             code = frame.f_code
-            kind = kinds.get(code, -1)
+            kind = kinds.get(id(code), -1)
             if kind == -1:
                 kind = self.kind(code)
             if kind == _PYTORCH:
                 pass
             elif kind == _USER:
                 if user is None:
-                    user = (code, frame.f_lasti)
+                    user = frame
                     if not _is_function_forward(code):
                         break
                 else:
-                    caller = (code, frame.f_lasti)
+                    caller = frame
                     break
             elif user is not None:
                 pass
             elif kind == _LIBRARY:
-                library = library or (code, frame.f_lasti)
+                library = library or frame
             elif kind == _OPTIMIZER:
                 library, writer = None, "optimizer"
             elif kind == _DATA_PARALLEL:
                 writer = "buffer-broadcast"
+            elif kind == _SHARDING:
+                writer = "parameter-gather"
             frame = frame.f_back
-        return Place(user, library, writer, caller)
+        key = (*_instruction_key(user), *_instruction_key(library), *_instruction_key(caller), writer)
+        place = self._found.get(key)
+        if place is None:
+            place = Place(_instruction(user), _instruction(library), writer, _instruction(caller))
+            self._found[key] = place
+        return place
 
     def find_step(self, frame: FrameType | None) -> Place:
         """The place of ``frame``; inside an optimizer, whoever wrote it, the line that called its ``step``."""
@@ -109,10 +121,19 @@ class Places:
         return False
 
     def kind(self, code: CodeType) -> int:
-        kind = self._kinds.get(code)
+        kind = self._kinds.get(id(code))
         if kind is None:
-            kind = self._kinds[code] = _kind(code.co_filename)
+            kind = self._kinds[id(code)] = _kind(code.co_filename)
+            self._codes.append(code)
         return kind
+
+
+def _instruction(frame: FrameType | None) -> Instruction | None:
+    return (frame.f_code, frame.f_lasti) if frame is not None else None
+
+
+def _instruction_key(frame: FrameType | None) -> tuple[int, int]:
+    return (id(frame.f_code), frame.f_lasti) if frame is not None else (0, 0)
 
 
 def _kind(file: str) -> int:

@@ -114,11 +114,13 @@ def _behind(node: Any, op: GraphOp, message: str, probe: WriteProbe) -> Iterator
     if not _VERSIONS.search(message):
         return
     saved, found = _versions(message)
-    for key in op.keys:
-        writes = _counted(probe, key, op, saved, found)
-        if any(write.after == found for write in writes):
-            dtype = dtype_name(writes[0].dtype)
-            yield probe.told(op, node, None, key, dtype, _shape(message) or (), writes, versions=(saved, found))
+    counted = {key: _counted(probe, key, op, saved, found) for key in op.keys}
+    stale = {key: writes for key, writes in counted.items() if any(write.after == found for write in writes)}
+    # What the op wrote itself is what was stale only where nothing was written later.
+    later = {key: writes for key, writes in stale.items() if any(write.event > op.event for write in writes)}
+    for key, writes in (later or stale).items():
+        dtype = dtype_name(writes[0].dtype)
+        yield probe.told(op, node, None, key, dtype, _shape(message) or (), writes, versions=(saved, found))
 
 
 def _versions(message: str) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import weakref
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import FrameType, TracebackType
@@ -16,10 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ampcheck.probes.containment import contained, hide_frame
+from ampcheck.probes.containment import bare, contained, hide_frame
 from ampcheck.probes.places import Place, Places
 from ampcheck.trace import Silent, Site, StaleTensor, UncheckedSave, Write
-from ampcheck.walk import dtype_name, module_names, unwrapped
+from ampcheck.walk import dtype_name, module_names, plain_name, unwrapped
 
 _AUTOGRAD: Any = torch._C._autograd
 _sequence_nr: Callable[[], int] = _AUTOGRAD._get_sequence_nr
@@ -43,15 +45,17 @@ Observed = tuple["GraphOp | None", Sequence[Compared]]
 
 class GraphOp:
     """An op that made an autograd node; for a custom function, the first op inside it. ``keys`` are the storages it
-    took and returned, ``hooks`` the pack hook under which its tensors were saved (true: one that cannot be told)."""
+    took (the first ``taken``) and returned, ``hooks`` the pack hook under which its tensors were saved (true: one that
+    cannot be told)."""
 
-    __slots__ = ("event", "func", "hooks", "keys", "module", "place", "sequence")
+    __slots__ = ("event", "func", "hooks", "keys", "module", "place", "sequence", "taken")
 
     def __init__(self, event: int, sequence: int, func: Any, place: Place, module: str | None, hooks: Hooks) -> None:
         self.event = event
         self.sequence = sequence
         self.func = func
-        self.keys: list[int] = []
+        self.keys: tuple[int, ...] = ()
+        self.taken = 0
         self.place = place
         self.module = module
         self.hooks = hooks
@@ -123,9 +127,9 @@ class WriteProbe(TorchDispatchMode):
       stays in force, has passed it: the write went past the version counter, or saved-tensor hooks are in the way.
 
     No tensor is held. Storages are held by weak references, which keep an address from being used again, but not the
-    memory. With ``lineage`` it also logs what each tensor was computed from, so as to tell where a loss lost its
-    graph. The mode lies at the bottom of the stack of dispatch modes, so that it can be entered and left at any two
-    moments, whatever ``with`` blocks of others begin and end in between.
+    memory. Of what is computed in a forward pass without a node it logs what it was computed from, so as to tell where
+    a loss lost its graph. The mode lies at the bottom of the stack of dispatch modes, so that it can be entered and
+    left at any two moments, whatever ``with`` blocks of others begin and end in between.
     """
 
     supports_higher_order_operators = True
@@ -139,7 +143,7 @@ class WriteProbe(TorchDispatchMode):
         # Nothing is compiled where this mode is entered, and the guard against it costs as much as the mode.
         return False
 
-    def __init__(self, model: nn.Module, current_module: Callable[[], str | None], *, lineage: bool = False) -> None:
+    def __init__(self, model: nn.Module, current_module: Callable[[], str | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.error: Exception | None = None
         self.silent: dict[tuple[int, int], StaleTensor] = {}
@@ -152,7 +156,9 @@ class WriteProbe(TorchDispatchMode):
         self._sequences: dict[int, int] = {}
         self._ops: dict[int, GraphOp] = {}
         self._latest: dict[int, GraphOp] = {}
-        self._users: dict[int, list[GraphOp]] = {}
+        self._made: dict[int, GraphOp] = {}
+        # Tuples of numbers cost the garbage collector nothing, which lists of ops would, and more than all the rest.
+        self._users: dict[int, array[int]] = {}
         self._writes: dict[int, list[Overwrite]] = {}
         self._pinned: dict[int, int] = {}
         self._suspects: set[int] = set()
@@ -162,8 +168,8 @@ class WriteProbe(TorchDispatchMode):
         self._foreign_hooks = False
         self._packed = False
         self._unmarked: list[tuple[weakref.ref[torch.Tensor], int, Overwrite]] = []
-        self._contents: dict[tuple[int, Layout], list[tuple[int, float]]] = {}
-        self._derived: dict[int, _Derived] | None = {} if lineage else None
+        self._contents: dict[tuple[int, ...], float] = {}
+        self._derived: dict[int, _Derived] = {}
         self._backwards: dict[int, Place] = {}
         self._inference: dict[Place, None] = {}
         self._stepping: _Stepping | None = None
@@ -180,15 +186,13 @@ class WriteProbe(TorchDispatchMode):
             for name, tensor in tensors:
                 key = _key(tensor)
                 if key is not None:
-                    self._names[key] = (name.replace("_orig_mod.", ""), buffer)
+                    self._names[key] = (plain_name(name), buffer)
 
     def __enter__(self) -> WriteProbe:
         self._thread = threading.get_ident()
         self._sequences[self._thread] = _sequence_nr()
-        self._handles = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-        ]
+        self._handles = [register_optimizer_step_pre_hook(self._before_step)]
+        self._handles.append(register_optimizer_step_post_hook(self._after_step))
         self._push()
         return self
 
@@ -251,27 +255,29 @@ class WriteProbe(TorchDispatchMode):
 
     def __del__(self) -> None:
         storage: Any = torch.UntypedStorage
-        for reference in self._pinned.values():
+        # One whose making failed has none.
+        for reference in vars(self).get("_pinned", {}).values():
             storage._free_weak_ref(reference)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # What is traced or faked has no content, and is no part of the training.
-        if self.error is not None or types or _tracing():
-            return func(*args, **kwargs)
-        # Ops hash slowly, and live as long as the process.
-        known = self._known.get(id(func)) or self._learn(func)
         observed: Observed | None = None
-        if self._is_of_interest(known):
-            try:
-                with torch._C.DisableTorchFunction():
-                    observed = self._before(func, known, args, kwargs)
-            except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
-                self.error = error
+        counted = True
         try:
-            output = func(*args, **kwargs) if known.counted else _counting(func, args, kwargs)
+            # What is traced or faked has no content, and is no part of the training.
+            if not types and not _tracing():
+                # Ops hash slowly, and live as long as the process.
+                known = self._known.get(id(func)) or self._learn(func)
+                counted = known.counted
+                if self.error is None and self._is_of_interest(known):
+                    with torch._C.DisableTorchFunction():
+                        observed = self._before(func, known, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
+            self.error = self.error or bare(error)
+        try:
+            output = func(*args, **kwargs) if counted else _counting(func, args, kwargs)
         except BaseException as error:
             hide_frame(error)
             raise
@@ -280,7 +286,7 @@ class WriteProbe(TorchDispatchMode):
                 with torch._C.DisableTorchFunction():
                     self._after(func, args, output, *observed)
             except Exception as error:  # noqa: BLE001
-                self.error = error
+                self.error = bare(error)
         return output
 
     def _is_of_interest(self, known: _Known) -> bool:
@@ -294,9 +300,9 @@ class WriteProbe(TorchDispatchMode):
         elif _inference_mode():
             return True
         return (
-            bool(known.targets)
+            task == -1
+            or bool(known.targets)
             or self._packed
-            or self._derived is not None
             or _sequence_nr() != self._sequences.get(threading.get_ident())
         )
 
@@ -335,8 +341,9 @@ class WriteProbe(TorchDispatchMode):
         op = self._graph_op(func, known, args, frame)
         if op is not None:
             self._used(op, args)
+            op.taken = len(op.keys)
         compared = self._log_writes(op, known, args, kwargs, frame) if known.targets else ()
-        if op is None and not compared and self._derived is None:
+        if op is None and not compared and task != -1:
             return None
         return op, compared
 
@@ -347,7 +354,7 @@ class WriteProbe(TorchDispatchMode):
             return
         self._backwards[task] = self._places.find(frame)
         storage: Any = torch.UntypedStorage
-        for key, _ in self._contents:
+        for key in {key for _, key, *_ in self._contents}:
             # Memory that NumPy shares can no longer be resized.
             alive = storage._new_with_weak_ptr(self._pinned[key])
             if alive is not None and not alive.resizable():
@@ -364,7 +371,7 @@ class WriteProbe(TorchDispatchMode):
                 return None
             if made.hooks and made.func in _PACKING and func not in _PACKING:
                 # What a pack hook does to an input comes before the op that saves it.
-                made.func, made.place, made.keys = func, self._places.find(frame), []
+                made.func, made.place, made.keys = func, self._places.find(frame), ()
                 self._packed = False
                 return made
             if known.targets and made.func is _CLONE:
@@ -383,6 +390,7 @@ class WriteProbe(TorchDispatchMode):
         self._hooked = self._hooked or bool(hooks)
         self._foreign_hooks = self._foreign_hooks or _is_foreign(hooks)
         self._packed = bool(hooks) and func in _PACKING
+        self._made[op.event] = op
         for number in range(last, sequence):
             self._ops[number] = op
         self._latest[thread] = op
@@ -403,6 +411,9 @@ class WriteProbe(TorchDispatchMode):
                 if place is None:
                     find = self._places.find_step if key in self._names else self._places.find
                     place = find(frame)
+                if place.writer == "parameter-gather":
+                    # The memory was given back after forward: what is gathered into it again is what was there.
+                    return ()
                 write = Overwrite(self._event, known.name, place, self._current_module(), target)
                 self._writes.setdefault(key, []).append(write)
                 if place.caller is not None and not _grad_enabled():
@@ -424,8 +435,8 @@ class WriteProbe(TorchDispatchMode):
             self._used(op, outputs, produced=True)
         for write, target, before in compared:
             write.changed = not _same(before, target)
-        if self._derived is not None:
-            self._derive(func, args, outputs, cut=op is None)
+        if op is None and _graph_task() == -1:
+            self._derive(func, args, outputs)
 
     def _used(self, op: GraphOp, values: Sequence[Any], *, produced: bool = False) -> None:
         for tensor in _tensors(values):
@@ -434,13 +445,15 @@ class WriteProbe(TorchDispatchMode):
                 continue
             users = self._users.get(key)
             if users is None:
-                users = self._users[key] = []
+                # Numbers in an array cost the garbage collector nothing.
+                users = self._users[key] = array("q")
                 self._pin(key, tensor)
-            if op not in users[-1:]:
-                op.keys.append(key)
-                users.append(op)
+            if op.event not in users[-1:]:
+                users.append(op.event)
+            if key not in op.keys:
+                op.keys += (key,)
             if produced or not tensor.untyped_storage().resizable():
-                self._note_content(tensor, key)
+                self._note_content(op, tensor, key)
 
     def _pin(self, key: int, tensor: torch.Tensor) -> None:
         """Let the address stand for this storage alone: while weakly held, it is not used again."""
@@ -464,7 +477,11 @@ class WriteProbe(TorchDispatchMode):
             alias = key in op.keys
             if not alias:
                 # A checkpoint computed it anew: the op that saved it is the same op, run again.
-                again = [user for user in self._users[key] if user.func is op.func and user.event > op.event]
+                users = (self._made[event] for event in self._users[key] if event > op.event)
+                again = [user for user in users if user.func is op.func and user.module in (None, op.module)]
+                if not _keeps_results(op, node):
+                    # The recomputation ends before the last op whose tensors are needed: another op made this one.
+                    again = [user for user in again if key in user.keys[: user.taken]]
                 if not again or not op.hooks:
                     continue
                 op = again[-1]
@@ -483,18 +500,19 @@ class WriteProbe(TorchDispatchMode):
             if unchecked:
                 self.unchecked.setdefault(op.hooks, _unchecked(op, node))
 
-    def _note_content(self, tensor: torch.Tensor, key: int) -> None:
+    def _note_content(self, op: GraphOp, tensor: torch.Tensor, key: int) -> None:
         """A number that tells contents apart, for memory that may be written to from outside PyTorch. Parameters and
         buffers are left out: other processes may train them too, and batch norm updates its own."""
         if tensor.is_cpu and tensor.is_floating_point() and tensor.layout is torch.strided and key not in self._names:
-            contents = self._contents.setdefault((key, _layout(tensor)), [])
-            contents.append((self._event, float(tensor.sum())))
+            self._contents[(op.event, key, *_flat_layout(tensor))] = float(tensor.sum())
 
     def _content_differs(self, op: GraphOp, key: int, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is another than when ``op`` saw it, though nothing in PyTorch wrote to it."""
-        noted = [number for event, number in self._contents.get((key, _layout(tensor)), ()) if event <= op.event]
-        number = float(tensor.sum())
-        return bool(noted) and noted[-1] == noted[-1] and number != noted[-1]
+        layout = _flat_layout(tensor)
+        events = (event for event in reversed(self._users[key]) if event <= op.event)
+        noted = (self._contents.get((event, key, *layout)) for event in events)
+        before = next((number for number in noted if number is not None), math.nan)
+        return not math.isnan(before) and float(tensor.sum()) != before
 
     def _check_unmarked(self, args: Sequence[Any], frame: FrameType | None) -> None:
         """An op is recorded on ``args``: is one of them an input that a custom function wrote to, with its history
@@ -513,10 +531,9 @@ class WriteProbe(TorchDispatchMode):
                         function, None, dtype, shape, save=use, writes=writes, silent="unmarked"
                     )
 
-    def _derive(self, func: Any, args: Sequence[Any], outputs: Sequence[Any], *, cut: bool) -> None:
-        assert self._derived is not None
+    def _derive(self, func: Any, args: Sequence[Any], outputs: Sequence[Any]) -> None:
         sources = tuple(key for tensor in _tensors(args) if (key := _key(tensor)) is not None)
-        cut = cut and any(tensor.requires_grad for tensor in _tensors(args))
+        cut = any(tensor.requires_grad for tensor in _tensors(args))
         place = self._places.find(sys._getframe(3))
         for tensor in _tensors(outputs):
             key = _key(tensor)
@@ -531,7 +548,7 @@ class WriteProbe(TorchDispatchMode):
         made: _Derived | None = None
         while pending:
             key = pending.pop(0)
-            derived = (self._derived or {}).get(key) if key is not None else None
+            derived = self._derived.get(key) if key is not None else None
             if derived is None or key in seen:
                 continue
             seen.add(key)
@@ -545,6 +562,17 @@ class WriteProbe(TorchDispatchMode):
         """The calls that returned several views at once, in order."""
         ops = dict.fromkeys(op for op in self._ops.values() if op_name(op.func) in _SEVERAL_VIEWS)
         return _each_once(op.place.site("call", module=op.module, op=op_name(op.func)) for op in ops)
+
+    def written_views(self) -> tuple[tuple[Site, tuple[Site, ...]], ...]:
+        """Those of them whose base was written to later, in any view of it, with the writes."""
+        found: dict[GraphOp, tuple[Site, tuple[Site, ...]]] = {}
+        for op in self._ops.values():
+            if op not in found and op_name(op.func) in _SEVERAL_VIEWS:
+                view = op.place.site("call", module=op.module, op=op_name(op.func))
+                writes = _each_once(write.told().site for key in op.keys[:1] for write in self.writes(key, op.event))
+                if view is not None and writes:
+                    found[op] = view, writes
+        return tuple(found.values())
 
     def backwards(self) -> tuple[Site, ...]:
         """The backward passes that this thread began, in order."""
@@ -611,6 +639,13 @@ def saved_slots(node: Any) -> Iterator[tuple[str, Any]]:
         yield name.removeprefix("_raw_saved_"), saved
 
 
+def _keeps_results(op: GraphOp, node: Any) -> bool:
+    """Whether a node has saved anything that is not an argument of its op."""
+    schema = getattr(op.func, "_schema", None)
+    arguments = {argument.name for argument in schema.arguments} if schema is not None else set()
+    return any(name not in arguments for name, _ in saved_slots(node))
+
+
 def slot_value(node: Any, slot: str) -> Any:
     """What a slot holds: a tensor, or several. Raises PyTorch's own errors for a stale or a freed one."""
     # The nodes of custom functions spell it without the underscore.
@@ -660,6 +695,11 @@ def _has_backward_hooks(module: nn.Module) -> bool:
 
 def _layout(tensor: torch.Tensor) -> Layout:
     return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+
+
+def _flat_layout(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The layout in one tuple of numbers, which costs the garbage collector nothing."""
+    return (int(tensor.storage_offset()), *tensor.shape, *tensor.stride())
 
 
 def _each_once(sites: Iterable[Site | None]) -> tuple[Site, ...]:
@@ -778,8 +818,8 @@ def _put_modes(modes: list[Any]) -> None:
 
 
 def _tracing() -> bool:
-    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+    return _infra_mode(_FAKE) is not None or _infra_mode(_PROXY) is not None or _infra_mode(_FUNCTIONAL) is not None
 
 
-_KEYS = torch._C._TorchDispatchModeKey
-_TRACING = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
+_infra_mode: Callable[[Any], Any] = torch._C._get_dispatch_mode
+_FAKE, _PROXY, _FUNCTIONAL = (getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))

@@ -14,6 +14,8 @@ _SHOWN = 10
 def comparison_lines(comparison: Comparison, name: str) -> Iterator[Text]:
     """``ampcheck  TorchScript trace against eager · equal on 5 inputs``, what was compared, and a table."""
     verdict = ("equal", "green") if comparison.equal else ("differs", "bold red")
+    if comparison.equal and any(cause.reason == "unsettled" for cause in comparison.causes):
+        verdict = ("equal where rounding does not decide", "yellow")
     if not comparison.export:
         verdict = ("within tolerance", "green") if comparison.equal else ("not within tolerance", "yellow")
     yield Text.assemble(

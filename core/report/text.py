@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
+from ampcheck.precision import LOW_PRECISION
 from ampcheck.report.comparison import comparison_lines
 from ampcheck.report.report import Report
 from ampcheck.rule import Finding, Severity, told
@@ -62,6 +63,8 @@ def step_line(phase: str, step: StepTrace, findings: Sequence[Finding] | None = 
     else:
         calls = ", ".join([_plural(total, "module call"), *(f"{n} {state}" for state, n in states.most_common())])
         calls += f", {outside} outside" if outside else ""
+    cast = Counter(d for call in step.calls for d in call.parameters if not call.in_backward and d in LOW_PRECISION)
+    calls += "".join(f", {n} with {dtype} parameters" for dtype, n in cast.most_common())
     plural = f"{step.steps} {phase} steps" if step.steps > 1 else f"{phase} step"
     return _line([f"watched {plural}", calls], findings)
 

@@ -30,6 +30,7 @@ from ampcheck.rules.low_precision_parameters import low_precision_parameters
 from ampcheck.rules.missing_grad_scaler import missing_grad_scaler
 from ampcheck.rules.mixed_dtypes_in_module import mixed_dtypes_in_module
 from ampcheck.rules.module_outside_autocast import module_outside_autocast
+from ampcheck.rules.module_outside_policy import module_outside_policy
 from ampcheck.rules.needless_grad_scaler import needless_grad_scaler
 from ampcheck.rules.no_inf_checks import no_inf_checks
 from ampcheck.rules.no_numpy_dtype import no_numpy_dtype
@@ -62,6 +63,7 @@ RULES: tuple[Rule, ...] = (
     deprecated_amp_api,
     autocast_cache_under_no_grad,
     module_outside_autocast,
+    module_outside_policy,
     low_precision_parameters,
     mixed_dtypes_in_module,
     dtype_mismatch,

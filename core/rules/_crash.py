@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ampcheck.precision import LOW_PRECISION
+from ampcheck.rules._facts import casts_by_policy
 from ampcheck.rules._words import place
 from ampcheck.trace import Failure, ModuleCall, Site, StepTrace, Trace
 
@@ -12,11 +13,13 @@ _SHORT = 60
 
 
 class Why(NamedTuple):
-    """Why autocast did not act: one of the reasons of the report's format, in words, and the line behind it."""
+    """Why autocast did not act: one of the reasons of the report's format, in words, the line behind it, and the way
+    out where it is this reason's own."""
 
     reason: str
     words: str
     site: Site | None = None
+    fix: str = ""
 
 
 def where(failure: Failure) -> str:
@@ -91,6 +94,9 @@ def why_autocast_did_not_act(trace: Trace, failure: Failure) -> Why:
     if fields.get("in_place") or fields.get("out"):
         how = "writes in place" if fields.get("in_place") else "writes to `out=`"
         return Why("in-place-or-out", f"the operation {how}, and autocast never casts for such a one")
+    sharded = _by_policy(trace, failure)
+    if sharded is not None:
+        return sharded
     stored = [o for o in fields.get("operands", ()) if "kind" in o and "expression" not in o]
     low = [operand for operand in stored if operand["dtype"] in LOW_PRECISION]
     if low:
@@ -107,6 +113,31 @@ def why_autocast_did_not_act(trace: Trace, failure: Failure) -> Why:
         or _by_habit(trace, failure)
         or Why("unknown", "why autocast did not act could not be told")
     )
+
+
+def _by_policy(trace: Trace, failure: Failure) -> Why | None:
+    """By the policies of a sharded model: what they cast parameters to, the inputs of some module are not."""
+    operands: Sequence[Operand] = failure.fields.get("operands", ())
+    stored = next((operand for operand in operands if operand.get("kind") == "parameter"), None)
+    given = next((operand for operand in operands if "kind" not in operand), None)
+    if stored is None or given is None or trace.model is None or not casts_by_policy(trace):
+        return None
+    module = stored["name"].rpartition(".")[0]
+    policy = trace.model.policy_of(module)
+    cast = f"`{given['name']}.to({_attribute(stored['name'])}.dtype)`"
+    owner = f"`{policy.module}`" if policy is not None and policy.module else "the model itself"
+    if policy is not None and policy.dtype == stored["dtype"]:
+        how = "" if policy.casts_inputs else ", and cast_forward_inputs=False leaves its inputs as they come"
+        words = f"{policy.source} of {owner} makes {stored['name']} {policy.dtype}{how}"
+        drop = "" if policy.casts_inputs else "drop `cast_forward_inputs=False` from the policy, or "
+        way = _capital(f"{drop}cast the input: {cast}")
+    elif stored["dtype"] == "float32" and (policy is None or policy.dtype is None):
+        lacks = f"{owner} is sharded without a policy" if policy is not None else f"no policy covers {module}"
+        words = f"{lacks}, so that {stored['name']} stays float32 and its inputs as they come"
+        way = f"Give `fully_shard(...)` the `mp_policy=` of the rest for {owner if policy else module}, or cast: {cast}"
+    else:
+        return None
+    return Why("sharding-policy", words, None, f"{way}.")
 
 
 def _function_words(function: Mapping[str, Any]) -> str:
@@ -217,6 +248,8 @@ def _device_type(operands: Iterable[Operand]) -> str | None:
 
 def cast_fix(failure: Failure, why: Why) -> str:
     """Up to two ways out for operands that do not agree, in the names of this crash."""
+    if why.fix:
+        return why.fix
     operands: Sequence[Operand] = failure.fields.get("operands", ())
     low = [operand for operand in operands if operand["dtype"] in LOW_PRECISION]
     high = [operand for operand in operands if operand["dtype"] not in LOW_PRECISION]
@@ -274,6 +307,10 @@ def function_fix(function: Mapping[str, Any], device: str) -> str:
 
 def _attribute(name: str) -> str:
     return f"self.{name.rpartition('.')[2]}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _lower(text: str) -> str:

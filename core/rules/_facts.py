@@ -38,6 +38,11 @@ def wants_mixed(trace: Trace) -> bool:
     return precision.mixed or (undeclared and (scaling(trace) or bool(in_force(trace.training))))
 
 
+def casts_by_policy(trace: Trace) -> bool:
+    """Whether the model is sharded under a policy that casts to low precision, with or without autocast."""
+    return trace.model is not None and any(policy.dtype in LOW_PRECISION for policy in trace.model.policies)
+
+
 def optimized(trace: Trace, dtype: str) -> bool:
     """Whether an optimizer holds parameters of ``dtype``, as far as the optimizers are known."""
     return not trace.optimizers or any(optimizer.dtypes.get(dtype) for optimizer in trace.optimizers)

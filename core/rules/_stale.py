@@ -138,6 +138,11 @@ def as_write(site: Site) -> Site:
     return replace(site, role="write")
 
 
+def statement(site: Site) -> str:
+    """The line's code without its comment."""
+    return _COMMENT.sub("", site.code).rstrip(";, ")
+
+
 def ways_out(write: Write | None, stale: StaleTensor) -> str | None:
     """At most two: what to change in the line that writes."""
     if write is None or write.site is None:
@@ -148,7 +153,7 @@ def ways_out(write: Write | None, stale: StaleTensor) -> str | None:
 
 def out_of_place(site: Site, op: str, library: Site | None = None, *, whole: bool = False) -> str:
     """How to say the line of ``site`` without a write."""
-    code = _COMMENT.sub("", site.code).rstrip(";, ")
+    code = statement(site)
     if re.search(r"\binplace\s*=\s*True", code):
         return f"Drop `inplace=True` at {site}."
     augmented = _AUGMENTED.match(code)

@@ -21,7 +21,9 @@ def autocast_captured_in_trace(trace: Trace) -> Iterator[Evidence]:
 
     Why is this bad?
         The precision of the exported model is fixed, on every device it will run on. Casts of weights are repeated
-        in every call, and a runtime that sums in another order gives other results in half precision.
+        in every call, and a runtime that sums in another order gives other results in half precision. Where a
+        weight is used twice, tracing itself dies of `Cannot insert a Tensor that requires grad as a constant`: autocast
+        keeps the weight that it cast, unless it is entered with `cache_enabled=False`.
 
     Example
         ```python

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
 from ampcheck.rule import Evidence, Severity, rule
-from ampcheck.rules._facts import covered, in_force, misplaced_regions, trainable, wants_mixed
+from ampcheck.rules._facts import casts_by_policy, covered, in_force, misplaced_regions, trainable, wants_mixed
 from ampcheck.rules._words import count, place, places, some
 from ampcheck.trace import AutocastRegion, Trace
 
@@ -20,6 +20,7 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
         precision is declared, an enabled gradient scaler counts as asking. Regions for another device type, or that
         PyTorch switched off, are AMP103's. It is a warning where mixed precision was a default that nobody chose,
         where a region held no module call but may have been entered inside one, and where the model is compiled.
+        Where the policy of a sharded model casts to low precision, no autocast is needed.
 
     Why is this bad?
         The run trains in float32: correct, but at the speed and memory of float32. Nothing in PyTorch says so.
@@ -45,6 +46,8 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
     assert trace.model is not None
     assert trace.training is not None
     precision, model, step = trace.precision, trace.model, trace.training
+    if casts_by_policy(trace):
+        return
     if precision.mixed:
         source = f" by {precision.source}" if precision.source else ""
         asked = f"Mixed {precision.dtype or 'precision'} was asked for{source}"

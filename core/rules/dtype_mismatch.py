@@ -17,8 +17,9 @@ def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
     What it does
         Takes the crash apart: the module, the operation, each operand with dtype, shape and the line or module that
         made it, and the reason why autocast did not act: it was off here, was never entered (or for another device),
-        a parameter is not float32, the code is in a custom `autograd.Function`, the operation writes in place, ran
-        in another thread, or is one autocast has no rule for. A reason that cannot be established is called unknown.
+        a parameter is not float32, the policy of a sharded model casts one and not the other, the code is in a custom
+        `autograd.Function`, the operation writes in place, ran in another thread, or is one autocast has no rule for.
+        A reason that cannot be established is called unknown.
 
     Why is this bad?
         The step dies. PyTorch's message names two dtypes, but no module, no tensor and no reason; casting the wrong

@@ -19,6 +19,8 @@ _FIXES = {
     "state-differs": "Export again from the checkpoint that the eager model holds.",
     "left-dispatcher": "Compute it with tensor operations while exporting, or register the function with "
     "`torch.library.custom_op`.",
+    "unsettled": "Compare on inputs of your own (`fresh_inputs`), and with trained weights: values that are sorted or "
+    "cut off lie further apart there.",
     "raises": "Export on inputs of the same device, dtype and sizes, and make new tensors on the device of an input.",
 }
 
@@ -48,6 +50,7 @@ def export_differs(trace: Trace) -> Iterator[Evidence]:
             def forward(self, x):
                 return x if x.mean() > 0 else -x
 
+
         exported = torch.jit.trace(Gate(), example)
         ```
 
@@ -56,6 +59,7 @@ def export_differs(trace: Trace) -> Iterator[Evidence]:
         class Gate(nn.Module):
             def forward(self, x):
                 return torch.where(x.mean() > 0, x, -x)
+
 
         exported = torch.jit.trace(Gate(), example)
         ```
@@ -85,7 +89,7 @@ def export_differs(trace: Trace) -> Iterator[Evidence]:
     if not comparison.equal and not explained and comparison.rounding is None:
         yield Evidence(
             _verdict(comparison),
-            module=comparison.culprit,
+            module=_baked(comparison) or comparison.culprit,
             data={"reason": "baked-constant" if comparison.constants else "unknown", **_numbers(comparison)},
             fix="The findings beside this one say why." if comparison.constants else None,
         )
@@ -117,6 +121,12 @@ def _said(cause: Cause, comparison: Comparison) -> str:
         return f"{some(names_)} {be(len(names_))} not the same in the {second} as in the eager model."
     if cause.reason == "left-dispatcher":
         return f"In {where} something outside the dispatcher computes an activation ({cause.detail}){at}."
+    if cause.reason == "unsettled":
+        return (
+            f"Rounding decides what the model returns, so that some outputs cannot be compared: those of the {second} "
+            f"differ (relative error {cause.detail}), and those of the eager model differ from themselves as much "
+            "where its modules round otherwise."
+        )
     return f"The {second} stops where the eager model does not: {cause.detail}."
 
 
@@ -129,13 +139,22 @@ def _verdict(comparison: Comparison) -> str:
     size = f"largest absolute error {output.absolute:.3g}, relative {output.relative:.3g}, on {output.inputs}"
     several = f"{count(len(worst), 'output')} of the {comparison.second} differ{'s' if len(worst) == 1 else ''}"
     text = f"{several} from the eager model's ({size})."
-    first, culprit = comparison.first_module, comparison.culprit
+    first, culprit, baked = comparison.first_module, comparison.culprit, _baked(comparison)
     if first is None:
         return text + (f" The module is not known: {comparison.unseen}." if comparison.unseen else "")
     text += f" The first module whose output differs is {first.module or 'the model itself'}."
-    if first.inputs_equal is False:
+    if baked and baked != first.module:
+        text += f" Before it comes {baked}, whose result is a constant."
+    elif first.inputs_equal is False:
         text += f" What it is given differs already, so the place is in the code of {culprit or 'the model'} itself."
     return text
+
+
+def _baked(comparison: Comparison) -> str | None:
+    """The module whose result is a constant of the graph, where the first module that differs may come after it."""
+    first = comparison.first_module
+    after = first is None or first.inputs_equal is not True
+    return comparison.constants[0].module if comparison.constants and after else None
 
 
 def _numbers(comparison: Comparison) -> dict[str, object]:

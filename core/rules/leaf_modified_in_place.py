@@ -1,7 +1,8 @@
 from collections.abc import Iterator
 
 from ampcheck.rule import Evidence, Severity, rule
-from ampcheck.rules._stale import as_write
+from ampcheck.rules._stale import as_write, statement
+from ampcheck.rules._words import place
 from ampcheck.trace import Trace
 
 
@@ -41,7 +42,7 @@ def leaf_modified_in_place(trace: Trace) -> Iterator[Evidence]:
     if failure is None or failure.kind != "leaf-modified":
         return
     site = as_write(failure.sites[0]) if failure.sites else None
-    line = f" by `{site.code}`" if site and site.code else ""
+    line = f" by `{statement(site)}`{place(site)}" if site and site.code else ""
     yield Evidence(
         f"A leaf tensor that requires grad was written to in place{line}.",
         module=failure.module,

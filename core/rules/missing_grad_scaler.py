@@ -47,7 +47,8 @@ def missing_grad_scaler(trace: Trace) -> Iterator[Evidence]:
     scaler = "no gradient scaler" if trace.scaler is None else f"a {trace.scaler.type} that is disabled"
     declared = precision.mixed and (precision.effective_dtype or precision.dtype) == "float16"
     calls = in_force(trace.training)["float16"]
-    if not calls and not (declared and trace.training is None):
+    seen_otherwise = trace.training is not None and precision.by == "autocast"
+    if not calls and not (declared and not seen_otherwise):
         return
     if declared:
         seen = f"Mixed float16 was asked for{f' by {precision.source}' if precision.source else ''}"

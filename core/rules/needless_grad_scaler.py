@@ -59,7 +59,7 @@ def needless_grad_scaler(trace: Trace) -> Iterator[Evidence]:
     dtype = precision.effective_dtype or precision.dtype
     if precision.mode == "true":
         dtype = dtype or "float32"
-    elif dtype != "float16" and trace.training is not None:
+    elif precision.by == "autocast" and dtype != "float16" and trace.training is not None:
         dtypes = in_force(trace.training)
         dtype = "bfloat16" if dtypes and "float16" not in dtypes else None
     if dtype is not None and dtype != "float16":

@@ -38,6 +38,7 @@ def opaque_call_in_graph(trace: Trace) -> Iterator[Evidence]:
             def backward(ctx, gradient):
                 return gradient
 
+
         exported = torch.jit.trace(lambda x: Round.apply(x), example)
         ```
 
@@ -46,6 +47,7 @@ def opaque_call_in_graph(trace: Trace) -> Iterator[Evidence]:
         @torch.library.custom_op("mine::round", mutates_args=())
         def rounded(x: torch.Tensor) -> torch.Tensor:
             return x.round()
+
 
         rounded.register_autograd(lambda ctx, gradient: gradient)
         ```

@@ -8,7 +8,7 @@ from ampcheck.trace import Trace
 @rule(
     "AMP107",
     Severity.WARNING,
-    fix="Use float16 with a gradient scaler on a GPU that has no native bfloat16, or train in float32.",
+    fix="Use the low-precision dtype that the device computes natively, or train in float32.",
     needs=("model",),
 )
 def precision_unsupported(trace: Trace) -> Iterator[Evidence]:
@@ -43,7 +43,7 @@ def precision_unsupported(trace: Trace) -> Iterator[Evidence]:
     """
     assert trace.model is not None
     precision, device_type = trace.precision, trace.model.device_type
-    if trace.training is None or precision.mode == "true":
+    if trace.training is None or precision.mode == "true" or precision.by == "policy":
         dtypes = [precision.effective_dtype or precision.dtype]
     else:
         dtypes = list(in_force(trace.training))
@@ -53,4 +53,13 @@ def precision_unsupported(trace: Trace) -> Iterator[Evidence]:
                 f"The training runs in {dtype}, which this {device_type} device does not compute natively: it is "
                 "emulated or not supported.",
                 data={"device_type": device_type, "dtype": dtype},
+                fix=_fix(trace, device_type),
             )
+
+
+def _fix(trace: Trace, device_type: str) -> str:
+    native = [dtype for dtype in ("bfloat16", "float16") if trace.environment.native.get((device_type, dtype))]
+    if not native:
+        return f"Train in float32: this {device_type} device computes neither float16 nor bfloat16 natively."
+    scaler = " with a gradient scaler" if native[0] == "float16" else ""
+    return f"Use {native[0]}{scaler}, which this {device_type} device computes natively, or train in float32."

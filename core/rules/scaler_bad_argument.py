@@ -15,7 +15,8 @@ def scaler_bad_argument(trace: Trace) -> Iterator[Evidence]:
 
     What it does
         Reads from the scaler what it was made with when its first use fails: the first argument of
-        `torch.amp.GradScaler` is a device, that of the older `torch.cuda.amp.GradScaler` the initial scale.
+        `torch.amp.GradScaler` is a device, that of the older `torch.cuda.amp.GradScaler` the initial scale. Names a
+        closure that was handed to `step()`.
 
     Why is this bad?
         The call that is wrong succeeds; the crash comes at the first `scale()`, with a message about `full()`.
@@ -37,6 +38,16 @@ def scaler_bad_argument(trace: Trace) -> Iterator[Evidence]:
     if failure is None or failure.kind != "scaler-bad-argument":
         return
     facts = failure.fields
+    if str(facts.get("unexpected")).lower() == "closure":
+        yield Evidence(
+            "`GradScaler.step()` was given a closure. An enabled scaler takes none: it must see the gradients before "
+            "the optimizer steps.",
+            sites=failure.sites[:1],
+            data={"argument": "closure"},
+            fix="Scale and run backward first, and call `scaler.step(optimizer)` without a closure; for an optimizer "
+            "that needs one (LBFGS, SAM) use bfloat16 without a scaler: `GradScaler(enabled=False)`.",
+        )
+        return
     if "unexpected" in facts:
         yield Evidence(
             f"`GradScaler` does not take `{facts['unexpected']}`.",

@@ -58,7 +58,8 @@ def silent_promotion(trace: Trace) -> Iterator[Evidence]:
 
 def _promoters(call: OpCall, precision: Precision) -> list[str]:
     """The float32 parameters and buffers that made float32 of a low-precision operand."""
-    low_throughout = precision.mode == "true" and precision.dtype in LOW_PRECISION
+    without_autocast = precision.mode == "true" or precision.by == "policy"
+    low_throughout = without_autocast and precision.dtype in LOW_PRECISION
     if not (call.autocast.enabled or low_throughout) or "float32" not in call.outputs:
         return []
     if not any(operand.dtype in LOW_PRECISION and operand.shape for operand in call.operands):

@@ -2,8 +2,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ampcheck.rule import Evidence, Severity, rule
-from ampcheck.rules._words import count, some
-from ampcheck.trace import ModelInfo, Trace
+from ampcheck.rules._stale import statement
+from ampcheck.rules._words import count, place, places, some
+from ampcheck.trace import ModelInfo, Site, Trace
 
 
 @rule(
@@ -18,7 +19,8 @@ def unscale_low_precision_gradients(trace: Trace) -> Iterator[Evidence]:
 
     What it does
         Counts and names every parameter of the optimizer with a float16 gradient, and says of each whether it was
-        float16 when the fit began or became so later (a validation or a resume that calls `.half()`).
+        float16 when the fit began or became so later (a validation or a resume that calls `.half()`). Names the line
+        that cast them, where the source has just one such line.
 
     Why is this bad?
         The gradient of a float16 parameter is float16, and dividing it by the loss scale loses what scaling was to
@@ -52,9 +54,9 @@ def unscale_low_precision_gradients(trace: Trace) -> Iterator[Evidence]:
     yield Evidence(
         f"{count(facts['count'], 'parameter')} of the {facts['optimized']} that {facts['optimizer']} holds "
         f"{'has a' if facts['count'] == 1 else 'have'} float16 gradient{'' if facts['count'] == 1 else 's'}: "
-        f"{some(names)}.{_since_when(trace.model, facts)}",
+        f"{some(names)}.{_since_when(trace.model, facts)}{_cast(facts)}",
         module=_common(names),
-        sites=failure.sites[:1],
+        sites=places([*failure.sites[:1], facts.get("cast")]),
         data={"count": facts["count"], "optimized": facts["optimized"], "parameters": names},
         fix=_fix(trace.model, facts),
     )
@@ -79,6 +81,11 @@ def _since_when(model: ModelInfo | None, facts: Mapping[str, Any]) -> str:
     if len(changed) < len(facts["names"]):
         which = f"{some(changed)} {'was' if len(changed) == 1 else 'were'}"
     return f" {which} float32 when the fit began: something cast the model during the fit."
+
+
+def _cast(facts: Mapping[str, Any]) -> str:
+    cast: Site | None = facts.get("cast")
+    return f" `{statement(cast)}`{place(cast)} casts to float16." if cast is not None else ""
 
 
 def _fix(model: ModelInfo | None, facts: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._stale import as_write, out_of_place
@@ -41,6 +42,8 @@ def view_modified_in_place(trace: Trace) -> Iterator[Evidence]:
         - https://github.com/pytorch/pytorch/pull/58285
     """
     failure = trace.failure
+    if failure is not None and failure.kind == "viewed-base-modified":
+        yield _base_modified(trace, failure)
     if failure is None or failure.kind not in _SAID:
         return
     write = as_write(failure.sites[0]) if failure.sites else None
@@ -64,13 +67,39 @@ _SAID = {
 }
 
 
+def _base_modified(trace: Trace, failure: Failure) -> Evidence:
+    """The write came first, and to the base or another view: PyTorch refuses the view when it is used next."""
+    written = trace.graph.written_views if trace.graph is not None else ()
+    kind = _kind(failure)
+    candidates = [(view, writes) for view, writes in written if kind and kind in (view.op or "")]
+    view, writes = candidates[0] if len(candidates) == 1 else (None, ())
+    fields = failure.fields
+    node = fields.get("node")
+    subject = f"An output of {node}, which is a view," if node else f"A view made under {fields.get('mode', 'no_grad')}"
+    use = replace(failure.sites[0], role="call") if failure.sites else None
+    base = "the tensor that it is a view of, or another view of that,"
+    return Evidence(
+        f"{subject} was used{place(use)} after {base} had been written to in place"
+        f"{place(writes[-1]) if writes else ''}{f'; the view was made{place(view)}' if view else ''}.",
+        module=failure.module,
+        sites=places((*writes[-3:], view, use)),
+        data={name: fields[name] for name in ("node", "output", "mode") if name in fields},
+        fix=out_of_place(writes[-1], "") if writes else None,
+    )
+
+
 def _origin(trace: Trace, failure: Failure) -> Site | None:
     """The call that made the view: the last of its kind."""
     if failure.kind != "multi-view-modified" or trace.graph is None:
         return None
-    node = str(failure.fields.get("node", "")).lower()
-    kind = next((op for name, op in _MADE_BY.items() if node.startswith(name)), None)
+    kind = _kind(failure)
     return next((view for view in reversed(trace.graph.views) if kind and kind in (view.op or "")), None)
+
+
+def _kind(failure: Failure) -> str | None:
+    """The op that returned several views, by the node that the message names."""
+    node = str(failure.fields.get("node", "")).lower()
+    return next((op for name, op in _MADE_BY.items() if node.startswith(name)), None)
 
 
 def _fix(failure: Failure, write: Site | None) -> str | None:

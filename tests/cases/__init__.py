@@ -16,11 +16,19 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ampcheck import AmpChecker
 from ampcheck.precision import Precision
 
 
 class Guard(Protocol):
-    """Opens the region in which the case may fail. What it does with an exception is the caller's affair."""
+    """Opens the region in which the case may fail. What it does with an exception is the caller's affair.
+
+    ``checker`` is for the host's adapter where the case has one (``None``: it runs without), ``anomaly`` says that the
+    host is to run in anomaly mode.
+    """
+
+    checker: AmpChecker | None
+    anomaly: bool
 
     def __call__(
         self,
@@ -29,8 +37,15 @@ class Guard(Protocol):
         precision: Precision = ...,
         optimizers: tuple[Any, ...] = ...,
         scaler: Any = ...,
+        averaged: nn.Module | None = ...,
         phase: str = ...,
     ) -> AbstractContextManager[Any]: ...
+
+    def host(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """The same around the training loop of a host, whose adapter sees to the rest."""
+
+    def export(self) -> AbstractContextManager[Callable[..., None]]:
+        """The same around an export; gives a function that compares it: ``compare(model, exported, inputs)``."""
 
 
 Program = Callable[..., None]
@@ -38,14 +53,20 @@ Program = Callable[..., None]
 
 @dataclass(frozen=True)
 class Case:
-    """One failure and what must be said of it. ``corpus`` names the public reports it stands for, ``marks`` maps a
-    site's role to the marker of its line, ``evidence`` are facts that must be among the finding's, ``also`` are codes
-    of further findings that belong to it, ``needs`` are packages beside torch."""
+    """One failure and what must be said of it.
+
+    ``source`` are the public reports it stands for, ``marks`` maps a site's role to the marker of its line,
+    ``evidence`` are facts that must be among the finding's, ``also`` are codes of further findings that belong to it,
+    ``needs`` are packages beside torch, ``fails`` says of a torch version whether the case can fail there, ``trains``
+    is false for a program that takes no optimizer step.
+    """
 
     id: str
     program: Program
     code: str | None
-    corpus: tuple[str, ...] = ()
+    family: str
+    host: str = "plain"
+    source: tuple[str, ...] = ()
     module: str | None = None
     marks: Mapping[str, str] = field(default_factory=lambda: {"raise": "raise"})
     operands: Mapping[str, str] | None = None
@@ -53,8 +74,10 @@ class Case:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     crashes: bool = True
+    trains: bool = True
     remedies: int = 1
     needs: tuple[str, ...] = ()
+    fails: Callable[[], bool] = lambda: True
 
     def run(self, guard: Guard, *, repaired: int = 0) -> None:
         """Run it as it failed, or as repaired by the first or second remedy."""
@@ -76,11 +99,15 @@ class Case:
 
 
 class Cases(list[Case]):
-    """The cases of one file, filled by its decorator."""
+    """The cases of one file, filled by its decorator. ``expected`` holds for all of them that say nothing else."""
+
+    def __init__(self, **expected: Any) -> None:
+        super().__init__()
+        self.expected = expected
 
     def case(self, id: str, code: str | None, **expected: Any) -> Callable[[Program], Program]:
         def add(program: Program) -> Program:
-            self.append(Case(id, program, code, **expected))
+            self.append(Case(id, program, code, **{**self.expected, **expected}))
             return program
 
         return add

@@ -10,7 +10,7 @@ from torch import nn
 from cases import Cases, Guard
 from cases.training import train
 
-CASES = Cases()
+CASES = Cases(family="autocast")
 case = CASES.case
 
 
@@ -27,7 +27,7 @@ class Net(nn.Module):
 @case(
     "autocast-device-keyword",
     "AMP102",
-    corpus=("C29",),
+    source=("https://github.com/roboflow/rf-detr/issues/52",),
     module="",
     reason="device-keyword",
     evidence={"argument": "device", "corrected": "torch.autocast(device_type='cpu', dtype=torch.bfloat16)"},
@@ -49,7 +49,7 @@ def device_keyword(guard: Guard, repaired: int) -> None:
 @case(
     "autocast-kwargs-in-a-dict",
     "AMP102",
-    corpus=("C29",),
+    source=("https://github.com/roboflow/rf-detr/issues/52",),
     module="head",
     reason="device-keyword",
     marks={"raise": "raise", "call": "dict"},
@@ -81,7 +81,7 @@ def kwargs_in_a_dict(guard: Guard, repaired: int) -> None:
 @case(
     "autocast-kwargs-from-a-function",
     "AMP102",
-    corpus=("C29",),
+    source=("https://github.com/roboflow/rf-detr/issues/52",),
     module="",
     reason="device-type-keyword",
     marks={"raise": "raise", "call": "return"},
@@ -112,6 +112,8 @@ def kwargs_from_a_function(guard: Guard, repaired: int) -> None:
     "autocast-cuda-device-type",
     "AMP102",
     module="",
+    # The remedy keeps the device: where there is no GPU that is said next.
+    also=("AMP103",),
     reason="device-type-keyword",
     evidence={
         "deprecated": "torch.cuda.amp.autocast",
@@ -270,5 +272,8 @@ def compiled(guard: Guard, repaired: int) -> None:
         model.amp["device_type"] = "cpu"
     torch._dynamo.reset()
     compiled_model = torch.compile(model, backend="eager")
-    with guard(compiled_model):
-        train(compiled_model, lambda: compiled_model(digits()))
+    try:
+        with guard(compiled_model):
+            train(compiled_model, lambda: compiled_model(digits()))
+    finally:
+        torch._dynamo.reset()

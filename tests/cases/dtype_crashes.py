@@ -1,4 +1,4 @@
-"""Crashes over dtypes under mixed precision (corpus family B)."""
+"""Crashes over dtypes under mixed precision."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from cases import Cases, Guard
 from cases.training import BF16, images, rows, train
 
-CASES = Cases()
+CASES = Cases(family="dtype")
 case = CASES.case
 
 
 @case(
     "hand-written-convolution",
     "AMP203",
-    corpus=("S02",),
+    source=("https://github.com/open-mmlab/mmdetection/issues/11653",),
     module="conv",
     reason="autocast-disabled-here",
     remedies=2,
@@ -94,7 +94,7 @@ def disabled_out_of_sight(guard: Guard, repaired: int) -> None:
 @case(
     "input-cast-by-hand",
     "AMP203",
-    corpus=("B46",),
+    source=("https://github.com/YvanYin/Metric3D/issues/158",),
     module="conv",
     reason="autocast-never-entered",
     remedies=2,
@@ -124,6 +124,7 @@ def input_cast_by_hand(guard: Guard, repaired: int) -> None:
 @case(
     "region-for-another-device",
     "AMP203",
+    also=("AMP103",),
     module="fc",
     reason="autocast-never-entered",
     remedies=2,
@@ -153,7 +154,11 @@ def region_for_another_device(guard: Guard, repaired: int) -> None:
 @case(
     "half-parameters-float-positions",
     "AMP203",
-    corpus=("B16",),
+    source=(
+        "https://github.com/LeapLabTHU/ACmix/issues/21",
+        "https://github.com/LeapLabTHU/ACmix/issues/18",
+        "https://github.com/LeapLabTHU/ACmix/issues/15",
+    ),
     module="conv_p",
     reason="parameter-not-float32",
     remedies=2,
@@ -186,7 +191,7 @@ def half_parameters_float_positions(guard: Guard, repaired: int) -> None:
 @case(
     "half-model-float-indices",
     "AMP203",
-    corpus=("B48",),
+    source=("https://github.com/intel/torch-xpu-ops/issues/2599",),
     module="pos_proj",
     reason="parameter-not-float32",
     remedies=2,
@@ -215,7 +220,7 @@ def half_model_float_indices(guard: Guard, repaired: int) -> None:
 @case(
     "checkpoint-function",
     "AMP203",
-    corpus=("B20",),
+    source=("https://github.com/Janspiry/Palette-Image-to-Image-Diffusion-Models/issues/40",),
     module="block",
     reason="custom-function",
     also=("AMP205",),
@@ -261,7 +266,10 @@ def checkpoint_function(guard: Guard, repaired: int) -> None:
 @case(
     "recompute-in-a-hook",
     "AMP203",
-    corpus=("B26",),
+    source=(
+        "https://github.com/lightonai/pylate/pull/242",
+        "https://github.com/luyug/GradCache/issues/17",
+    ),
     module="head",
     reason="autocast-never-entered",
     remedies=2,
@@ -297,7 +305,7 @@ def recompute_in_a_hook(guard: Guard, repaired: int) -> None:
 @case(
     "bare-custom-fwd",
     "AMP203",
-    corpus=("B03",),
+    source=("https://github.com/pytorch/pytorch/issues/47906",),
     module="align",
     reason="custom-function",
     also=("AMP205",),
@@ -343,7 +351,7 @@ def bare_custom_fwd(guard: Guard, repaired: int) -> None:
 @case(
     "custom-loss-function",
     "AMP203",
-    corpus=("B39",),
+    source=("https://github.com/open-mmlab/OpenPCDet/pull/1247",),
     module="",
     reason="custom-function",
     also=("AMP205",),
@@ -387,7 +395,7 @@ def custom_loss_function(guard: Guard, repaired: int) -> None:
 @case(
     "custom-function-state",
     "AMP205",
-    corpus=("C38",),
+    source=("https://github.com/pytorch/pytorch/issues/132388",),
     module=None,
     reason="custom-function",
     marks={},
@@ -435,7 +443,12 @@ def custom_function_state(guard: Guard, repaired: int) -> None:
 @case(
     "assignment-by-index",
     "AMP209",
-    corpus=("B07", "B12"),
+    source=(
+        "https://github.com/open-mmlab/mmdetection/issues/11416",
+        "https://github.com/huggingface/transformers/issues/38963",
+        "https://github.com/hiyouga/LlamaFactory/issues/3807",
+        "https://github.com/hiyouga/LlamaFactory/issues/5943",
+    ),
     module="",
     reason="in-place-or-out",
     remedies=2,
@@ -472,7 +485,7 @@ def assignment_by_index(guard: Guard, repaired: int) -> None:
 @case(
     "scatter-of-a-float-mask",
     "AMP209",
-    corpus=("B28",),
+    source=("https://github.com/flairNLP/flair/pull/3651",),
     module="",
     reason="in-place-or-out",
     remedies=2,
@@ -502,7 +515,7 @@ def scatter_of_a_float_mask(guard: Guard, repaired: int) -> None:
 @case(
     "masked-scatter",
     "AMP209",
-    corpus=("B29",),
+    source=("https://github.com/pytorch/rl/issues/1703",),
     module="",
     reason="in-place-or-out",
     remedies=2,
@@ -588,7 +601,11 @@ def matrix_product_in_place(guard: Guard, repaired: int) -> None:
 @case(
     "sampling-outside-autocast",
     "AMP203",
-    corpus=("B14",),
+    source=(
+        "https://github.com/pytorch/pytorch/issues/42218",
+        "https://github.com/pytorch/pytorch/pull/58618",
+        "https://github.com/NVIDIA/apex/issues/375",
+    ),
     module="sampler",
     reason="autocast-never-entered",
     remedies=2,
@@ -622,7 +639,7 @@ def sampling_outside_autocast(guard: Guard, repaired: int) -> None:
 @case(
     "wavelet-filters-in-a-function",
     "AMP203",
-    corpus=("B18",),
+    source=("https://github.com/ultralytics/yolov5/issues/12903",),
     module="down.dwt",
     reason="custom-function",
     also=("AMP205",),
@@ -675,7 +692,10 @@ def wavelet_filters_in_a_function(guard: Guard, repaired: int) -> None:
 @case(
     "float-attention-half-values",
     "AMP203",
-    corpus=("B17",),
+    source=(
+        "https://github.com/cv516Buaa/tph-yolov5/issues/11",
+        "https://github.com/YJHCUI/SwinTransformer-YOLOv5/issues/3",
+    ),
     module="",
     reason="autocast-never-entered",
     remedies=2,
@@ -763,7 +783,13 @@ def another_thread(guard: Guard, repaired: int) -> None:
 @case(
     "extension-op-in-half",
     "AMP207",
-    corpus=("B01", "B34"),
+    source=(
+        "https://github.com/open-mmlab/mmcv/issues/2011",
+        "https://github.com/IDEA-Research/DINO/issues/59",
+        "https://github.com/open-mmlab/mmdetection/issues/6082",
+        "https://github.com/tenstorrent/tt-forge-models/pull/324",
+        "https://github.com/intel/torch-xpu-ops/issues/713",
+    ),
     module="deform",
     reason="custom-function",
     also=("AMP205", "AMP206"),
@@ -844,7 +870,14 @@ def op_unknown_to_autocast(guard: Guard, repaired: int) -> None:
 
 
 @case(
-    "distance-in-half", "AMP207", corpus=("B36",), module="matcher", operands={"boxes": "float16", "targets": "float16"}
+    "distance-in-half",
+    "AMP207",
+    source=(
+        "https://github.com/pytorch/pytorch/issues/136748",
+        "https://github.com/pytorch/pytorch/issues/29528",
+    ),
+    module="matcher",
+    operands={"boxes": "float16", "targets": "float16"},
 )
 def distance_in_half(guard: Guard, repaired: int) -> None:
     class Matcher(nn.Module):
@@ -894,7 +927,7 @@ def bfloat16_to_numpy(guard: Guard, repaired: int) -> None:
 @case(
     "loss-outside-autocast",
     "AMP203",
-    corpus=("B50",),
+    source=("https://github.com/Megvii-BaseDetection/YOLOX/issues/731",),
     module=None,
     reason="autocast-never-entered",
     remedies=2,
@@ -929,9 +962,10 @@ def loss_outside_autocast(guard: Guard, repaired: int) -> None:
 @case(
     "evaluation-without-autocast",
     "AMP203",
-    corpus=("C46",),
+    source=("https://github.com/hiyouga/ChatGLM-Efficient-Tuning/issues/261",),
     module="head",
     reason="autocast-never-entered",
+    trains=False,
     remedies=2,
     operands={"features": "bfloat16", "head.weight": "float32", "head.bias": "float32"},
 )
@@ -954,3 +988,90 @@ def evaluation_without_autocast(guard: Guard, repaired: int) -> None:
                 model(features)
         else:
             model(features.float() if repaired else features)
+
+
+@case(
+    "anchors-clamped-by-a-float",
+    "AMP209",
+    source=(
+        "https://github.com/ultralytics/yolov5/issues/8314",
+        "https://github.com/ultralytics/yolov5/issues/8644",
+    ),
+    module="detect",
+    reason="in-place-or-out",
+    operands={"gj": "int64", "gain": "float32"},
+)
+def anchors_clamped_by_a_float(guard: Guard, repaired: int) -> None:
+    class Detect(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gain = torch.ones(7)
+            gain[2:6] = torch.tensor(x.shape)[[3, 2, 3, 2]].float()
+            gj = torch.tensor([9, 2])
+            if repaired:
+                gj.clamp_(0, (gain[3] - 1).to(gj.dtype))
+            else:
+                gj.clamp_(0, gain[3] - 1)  # <- raise
+            return x[:, :, gj]
+
+    model = nn.Sequential()
+    model.add_module("stem", nn.Conv2d(3, 3, 1))
+    model.add_module("detect", Detect())
+    with guard(model):
+        train(model, lambda: model(images()))
+
+
+@case(
+    "spectrum-of-half",
+    "AMP207",
+    source=("https://github.com/thuml/Time-Series-Library/issues/761",),
+    module="periods",
+    operands={"x": "bfloat16"},
+)
+def spectrum_of_half(guard: Guard, repaired: int) -> None:
+    class Periods(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if repaired:
+                return torch.fft.rfft(x.float(), dim=1).abs()
+            return torch.fft.rfft(x, dim=1).abs()  # <- raise
+
+    model = nn.Sequential()
+    model.add_module("embedding", nn.Linear(4, 4))
+    model.add_module("periods", Periods())
+    model.bfloat16()
+    with guard(model):
+        train(model, lambda: model(rows().bfloat16()))
+
+
+@case(
+    "low-precision-boxes-in-a-float-matcher",
+    "AMP203",
+    source=("https://github.com/facebookresearch/detr/issues/167",),
+    module="matcher",
+    reason="autocast-never-entered",
+    remedies=2,
+    operands={"scores": "bfloat16", "targets": "float32"},
+)
+def low_precision_boxes_in_a_float_matcher(guard: Guard, repaired: int) -> None:
+    class Matcher(nn.Module):
+        def forward(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            if repaired == 1:
+                with torch.autocast("cpu", dtype=BF16):
+                    return scores @ targets
+            if repaired == 2:
+                return scores.float() @ targets
+            return scores @ targets  # <- raise
+
+    class Detr(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+            self.matcher = Matcher()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=BF16):
+                scores = self.head(x)
+            return self.matcher(scores, torch.ones(4, 2))
+
+    model = Detr()
+    with guard(model):
+        train(model, lambda: model(rows()))

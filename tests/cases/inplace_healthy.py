@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import Cases, Guard
 
-CASES = Cases()
+CASES = Cases(family="healthy")
 
 
 def healthy(name: str, **more):
@@ -262,7 +262,7 @@ def transformer(guard: Guard, repaired: int) -> None:
     )
 
 
-@healthy("hook-that-keeps-an-activation", corpus=("A41",))
+@healthy("hook-that-keeps-an-activation", source=("https://github.com/meta-pytorch/captum/issues/156",))
 def hook_that_keeps_an_activation(guard: Guard, repaired: int) -> None:
     kept: list[torch.Tensor] = []
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from cases import Cases, Guard
 
-CASES = Cases()
+CASES = Cases(family="autograd")
 case = CASES.case
 WRITE = {"write": "write"}
 
@@ -17,7 +17,7 @@ def rows() -> torch.Tensor:
     return torch.linspace(-1, 1, 12).reshape(3, 4)
 
 
-@case("update-by-hand", "AMP403", corpus=("A14",), module=None, marks=WRITE)
+@case("update-by-hand", "AMP403", source=("https://github.com/pytorch/examples/pull/779",), module=None, marks=WRITE)
 def update_by_hand(guard: Guard, repaired: int) -> None:
     model = nn.Linear(4, 2)
     with guard(model):
@@ -27,7 +27,13 @@ def update_by_hand(guard: Guard, repaired: int) -> None:
                 parameter -= 0.1 * parameter.grad  # <- write
 
 
-@case("input-that-requires-grad", "AMP403", corpus=("A45",), module="", marks=WRITE)
+@case(
+    "input-that-requires-grad",
+    "AMP403",
+    source=("https://github.com/pytorch/pytorch/issues/727",),
+    module="",
+    marks=WRITE,
+)
 def input_that_requires_grad(guard: Guard, repaired: int) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -43,7 +49,16 @@ def input_that_requires_grad(guard: Guard, repaired: int) -> None:
         model(rows().clone().requires_grad_()).sum().backward()
 
 
-@case("half-of-a-chunk", "AMP404", corpus=("A33",), module="gate", marks={"write": "write", "call": "view"})
+@case(
+    "half-of-a-chunk",
+    "AMP404",
+    source=(
+        "https://github.com/pytorch/pytorch/pull/58285",
+        "https://github.com/TeenLucifer/grpo_reproduce/issues/11",
+    ),
+    module="gate",
+    marks={"write": "write", "call": "view"},
+)
 def half_of_a_chunk(guard: Guard, repaired: int) -> None:
     class Gate(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,14 +76,25 @@ def half_of_a_chunk(guard: Guard, repaired: int) -> None:
         model(rows()).sum().backward()
 
 
-@case("column-of-a-weight", "AMP404", corpus=("A17",), module=None, marks=WRITE)
+@case(
+    "column-of-a-weight",
+    "AMP404",
+    source=(
+        "https://github.com/Hunter-DDM/knowledge-neurons/issues/14",
+        "https://github.com/PingoLH/FCHarDNet/issues/61",
+    ),
+    module=None,
+    marks=WRITE,
+)
 def column_of_a_weight(guard: Guard, repaired: int) -> None:
     model = nn.Linear(4, 2)
     with guard(model), torch.set_grad_enabled(not repaired):
         model.weight[:, 0] -= 1  # <- write
 
 
-@case("view-made-without-grad", "AMP404", corpus=("A34",), module=None, marks=WRITE)
+@case(
+    "view-made-without-grad", "AMP404", source=("https://github.com/ccarliu/m3ae/issues/15",), module=None, marks=WRITE
+)
 def view_made_without_grad(guard: Guard, repaired: int) -> None:
     model = nn.Linear(4, 4)
     with guard(model):
@@ -79,8 +105,16 @@ def view_made_without_grad(guard: Guard, repaired: int) -> None:
         base.sum().backward()
 
 
-@case("frozen-backbone-in-inference-mode", "AMP406", corpus=("A36",), module="head",
-      marks={"raise": "raise", "call": "made"})  # fmt: skip
+@case(
+    "frozen-backbone-in-inference-mode",
+    "AMP406",
+    source=(
+        "https://github.com/open-mmlab/mmsegmentation/issues/3499",
+        "https://github.com/facebookresearch/dinov2/issues/472",
+    ),
+    module="head",
+    marks={"raise": "raise", "call": "made"},
+)
 def frozen_backbone_in_inference_mode(guard: Guard, repaired: int) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -122,7 +156,7 @@ def loss_of_a_detached_output(guard: Guard, repaired: int) -> None:
         loss.backward()  # <- raise
 
 
-@case("loss-under-no-grad", "AMP408", corpus=("S_NOGRADFN",), module=None, marks={"raise": "raise", "call": "cut"})
+@case("loss-under-no-grad", "AMP408", module=None, marks={"raise": "raise", "call": "cut"})
 def loss_under_no_grad(guard: Guard, repaired: int) -> None:
     model = nn.Linear(4, 2)
     with guard(model):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import threading
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cases import Cases, Guard
 from cases.inplace_helper import renormalize
 
-CASES = Cases()
+CASES = Cases(family="in-place")
 case = CASES.case
 BOTH = {"write": "write", "save": "save"}
 
@@ -25,9 +29,21 @@ def rows() -> torch.Tensor:
     return torch.linspace(-1, 1, 12).reshape(3, 4)
 
 
-@case("dropout-after-activation", "AMP401", corpus=("S01",), module="head", marks=BOTH,
-      evidence={"node": "ReluBackward0", "slot": "result", "version_saved": 0, "version_found": 1, "dtype": "float32",
-                "shape": [3, 8]})  # fmt: skip
+@case(
+    "dropout-after-activation",
+    "AMP401",
+    source=("https://github.com/huggingface/pytorch-image-models/issues/2355",),
+    module="head",
+    marks=BOTH,
+    evidence={
+        "node": "ReluBackward0",
+        "slot": "result",
+        "version_saved": 0,
+        "version_found": 1,
+        "dtype": "float32",
+        "shape": [3, 8],
+    },
+)
 def dropout_after_activation(guard: Guard, repaired: int) -> None:
     class Head(nn.Module):
         def __init__(self) -> None:
@@ -50,7 +66,13 @@ def dropout_after_activation(guard: Guard, repaired: int) -> None:
         model(rows()).sum().backward()
 
 
-@case("residual-after-in-place-activation", "AMP401", corpus=("A01",), module="block", marks=BOTH)
+@case(
+    "residual-after-in-place-activation",
+    "AMP401",
+    source=("https://github.com/pytorch/pytorch/issues/5687",),
+    module="block",
+    marks=BOTH,
+)
 def residual_after_in_place_activation(guard: Guard, repaired: int) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -71,7 +93,16 @@ def residual_after_in_place_activation(guard: Guard, repaired: int) -> None:
         model(images()).square().sum().backward()
 
 
-@case("neck-adds-in-place", "AMP401", corpus=("A03", "A05"), module="neck", marks=BOTH)
+@case(
+    "neck-adds-in-place",
+    "AMP401",
+    source=(
+        "https://github.com/open-mmlab/mmdetection/pull/9450",
+        "https://github.com/open-mmlab/mmsegmentation/pull/1103",
+    ),
+    module="neck",
+    marks=BOTH,
+)
 def neck_adds_in_place(guard: Guard, repaired: int) -> None:
     class Neck(nn.Module):
         def __init__(self) -> None:
@@ -104,7 +135,13 @@ def neck_adds_in_place(guard: Guard, repaired: int) -> None:
         model(images()).backward()
 
 
-@case("two-in-place-activations", "AMP401", corpus=("A07",), module="", marks=BOTH)
+@case(
+    "two-in-place-activations",
+    "AMP401",
+    source=("https://github.com/pytorch/pytorch/issues/34429",),
+    module="",
+    marks=BOTH,
+)
 def two_in_place_activations(guard: Guard, repaired: int) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -122,7 +159,16 @@ def two_in_place_activations(guard: Guard, repaired: int) -> None:
         model(rows()).sum().backward()
 
 
-@case("activation-overwrites-skip-path", "AMP401", corpus=("A09", "A10"), module="blocks.0.act", marks=BOTH)
+@case(
+    "activation-overwrites-skip-path",
+    "AMP401",
+    source=(
+        "https://github.com/osmr/imgclsmob/issues/13",
+        "https://github.com/aupendu/zero-restore/issues/7",
+    ),
+    module="blocks.0.act",
+    marks=BOTH,
+)
 def activation_overwrites_skip_path(guard: Guard, repaired: int) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -142,8 +188,14 @@ def activation_overwrites_skip_path(guard: Guard, repaired: int) -> None:
         model(images()).sum().backward()
 
 
-@case("write-by-index", "AMP401", corpus=("A12",), module="", marks=BOTH,
-      evidence={"node": "SigmoidBackward0", "slot": "result"})  # fmt: skip
+@case(
+    "write-by-index",
+    "AMP401",
+    source=("https://github.com/pytorch/pytorch/issues/9391",),
+    module="",
+    marks=BOTH,
+    evidence={"node": "SigmoidBackward0", "slot": "result"},
+)
 def write_by_index(guard: Guard, repaired: int) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -162,7 +214,13 @@ def write_by_index(guard: Guard, repaired: int) -> None:
         model(rows()).backward()
 
 
-@case("layer-writes-to-its-input", "AMP401", corpus=("A10",), module="skip", marks=BOTH)
+@case(
+    "layer-writes-to-its-input",
+    "AMP401",
+    source=("https://github.com/aupendu/zero-restore/issues/7",),
+    module="skip",
+    marks=BOTH,
+)
 def layer_writes_to_its_input(guard: Guard, repaired: int) -> None:
     class Skip(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,7 +243,13 @@ def layer_writes_to_its_input(guard: Guard, repaired: int) -> None:
         model(rows()).backward()
 
 
-@case("backward-multiplies-what-it-saved", "AMP401", corpus=("A30",), module=None, marks=BOTH)
+@case(
+    "backward-multiplies-what-it-saved",
+    "AMP401",
+    source=("https://github.com/k2-fsa/k2/pull/1106",),
+    module=None,
+    marks=BOTH,
+)
 def backward_multiplies_what_it_saved(guard: Guard, repaired: int) -> None:
     class Loss(torch.autograd.Function):
         @staticmethod
@@ -422,7 +486,18 @@ def accumulated_over_two_batches(guard: Guard, repaired: int) -> None:
         sum(losses).backward()
 
 
-@case("generator-after-discriminator-step", "AMP405", corpus=("A19", "A21", "A43"), module="discriminator", marks=BOTH)
+@case(
+    "generator-after-discriminator-step",
+    "AMP405",
+    source=(
+        "https://github.com/pytorch/pytorch/issues/39141",
+        "https://github.com/MorvanZhou/PyTorch-Tutorial/pull/91",
+        "https://github.com/chojw/genb/issues/6",
+        "https://github.com/lcy0604/EraseNet/issues/5",
+    ),
+    module="discriminator",
+    marks=BOTH,
+)
 def generator_after_discriminator_step(guard: Guard, repaired: int) -> None:
     class Gan(nn.Module):
         def __init__(self) -> None:
@@ -448,8 +523,14 @@ def generator_after_discriminator_step(guard: Guard, repaired: int) -> None:
         optimizer_g.step()
 
 
-@case("buffer-rewritten-in-second-forward", "AMP407", corpus=("A28",), module="norm", marks=BOTH,
-      evidence={"tensor": "norm.scale"})  # fmt: skip
+@case(
+    "buffer-rewritten-in-second-forward",
+    "AMP407",
+    source=("https://github.com/huggingface/transformers/issues/22994",),
+    module="norm",
+    marks=BOTH,
+    evidence={"tensor": "norm.scale"},
+)
 def buffer_rewritten_in_second_forward(guard: Guard, repaired: int) -> None:
     class Norm(nn.Module):
         def __init__(self) -> None:
@@ -472,3 +553,55 @@ def buffer_rewritten_in_second_forward(guard: Guard, repaired: int) -> None:
     model = Net()
     with guard(model):
         (model(rows()) - model(rows() + 1)).backward()
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    with tempfile.TemporaryDirectory() as directory:
+        dist.init_process_group("gloo", f"file://{directory}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def broadcasts_count() -> bool:
+    """Whether DDP's broadcast of buffers counts as a write in a single process: it did in PyTorch 2.4."""
+    layer = nn.Linear(1, 1)
+    layer.register_buffer("scale", torch.ones(1))
+    with one_process():
+        wrapped = nn.parallel.DistributedDataParallel(layer)
+        version = layer.scale._version
+        wrapped(torch.ones(1, 1))
+        return layer.scale._version > version
+
+
+@case(
+    "buffers-broadcast-between-forwards",
+    "AMP407",
+    source=(
+        "https://github.com/pytorch/pytorch/issues/22095",
+        "https://github.com/NVlabs/FUNIT/issues/53",
+        "https://github.com/huggingface/transformers/issues/24996",
+        "https://github.com/huggingface/transformers/issues/11941",
+    ),
+    module="",
+    marks={"save": "save"},
+    evidence={"tensor": "scale"},
+    fails=broadcasts_count,
+)
+def buffers_broadcast_between_forwards(guard: Guard, repaired: int) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("scale", torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) * self.scale  # <- save
+
+    model = Encoder()
+    with one_process():
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=not repaired)
+        with guard(model):
+            (wrapped(rows()).mean() - wrapped(rows() + 1).square().mean()).backward()

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import Cases, Guard
 
-CASES = Cases()
+CASES = Cases(family="in-place")
 case = CASES.case
 BOTH = {"write": "write", "save": "save"}
 
@@ -18,8 +18,14 @@ def rows() -> torch.Tensor:
     return torch.linspace(-1, 1, 12).reshape(3, 4)
 
 
-@case("through-data", "AMP402", module="", marks=BOTH, crashes=False,
-      evidence={"how": "untracked", "node": "SoftmaxBackward0", "slot": "result"})  # fmt: skip
+@case(
+    "through-data",
+    "AMP402",
+    module="",
+    marks=BOTH,
+    crashes=False,
+    evidence={"how": "untracked", "node": "SoftmaxBackward0", "slot": "result"},
+)
 def through_data(guard: Guard, repaired: int) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -56,8 +62,15 @@ def alias_with_its_own_version(guard: Guard, repaired: int) -> None:
         model(rows()).backward()
 
 
-@case("numpy-array", "AMP402", module="", marks={"save": "save"}, crashes=False, evidence={"how": "outside"},
-      needs=("numpy",))  # fmt: skip
+@case(
+    "numpy-array",
+    "AMP402",
+    module="",
+    marks={"save": "save"},
+    crashes=False,
+    evidence={"how": "outside"},
+    needs=("numpy",),
+)
 def numpy_array(guard: Guard, repaired: int) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -77,8 +90,14 @@ def numpy_array(guard: Guard, repaired: int) -> None:
         model(rows()).backward()
 
 
-@case("function-without-mark-dirty", "AMP402", module="", marks={"write": "write", "call": "use"}, crashes=False,
-      evidence={"how": "unmarked"})  # fmt: skip
+@case(
+    "function-without-mark-dirty",
+    "AMP402",
+    module="",
+    marks={"write": "write", "call": "use"},
+    crashes=False,
+    evidence={"how": "unmarked"},
+)
 def function_without_mark_dirty(guard: Guard, repaired: int) -> None:
     class Double(torch.autograd.Function):
         @staticmethod
@@ -136,8 +155,15 @@ def inside_a_checkpoint(guard: Guard, repaired: int) -> None:
         model(rows()).backward()
 
 
-@case("hooks-that-return-an-alias", "AMP402", module="", marks=BOTH, crashes=False, also=("AMP409",),
-      evidence={"how": "hooks"})  # fmt: skip
+@case(
+    "hooks-that-return-an-alias",
+    "AMP402",
+    module="",
+    marks=BOTH,
+    crashes=False,
+    also=("AMP409",),
+    evidence={"how": "hooks"},
+)
 def hooks_that_return_an_alias(guard: Guard, repaired: int) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -8,12 +8,19 @@ from torch.nn import functional as F
 
 from cases import Cases, Guard
 
-CASES = Cases()
+CASES = Cases(family="in-place")
 case = CASES.case
 
 
-@case("mobilenetv4-and-in-place-dropout", "AMP401", corpus=("S01",), module="", needs=("timm",),
-      marks={"write": "write", "save": "save"}, evidence={"node": "ReluBackward0", "slot": "result"})  # fmt: skip
+@case(
+    "mobilenetv4-and-in-place-dropout",
+    "AMP401",
+    source=("https://github.com/huggingface/pytorch-image-models/issues/2355",),
+    module="",
+    needs=("timm",),
+    marks={"write": "write", "save": "save"},
+    evidence={"node": "ReluBackward0", "slot": "result"},
+)
 def mobilenetv4_and_in_place_dropout(guard: Guard, repaired: int) -> None:
     import timm
 

@@ -1,4 +1,4 @@
-"""Gradient scaling used wrongly (corpus family C)."""
+"""Gradient scaling used wrongly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from cases import Cases, Guard
 from cases.training import rows, sgd
 
-CASES = Cases()
+CASES = Cases(family="scaler")
 case = CASES.case
 
 
@@ -32,12 +32,16 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 @case(
     "half-model-with-a-scaler",
     "AMP303",
-    corpus=("C01",),
+    source=("https://github.com/Lightning-AI/pytorch-lightning/issues/5140",),
+    also=("AMP201",),
     remedies=2,
+    marks={"raise": "raise", "cast": "cast"},
     evidence={"count": 4, "optimized": 4, "parameters": ["body.weight", "body.bias", "head.weight", "head.bias"]},
 )
 def half_model_with_a_scaler(guard: Guard, repaired: int) -> None:
-    model = Net() if repaired == 1 else Net().half()
+    model = Net()
+    if repaired != 1:
+        model.half()  # <- cast
     optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu", enabled=repaired != 2)
     with guard(model, optimizers=(optimizer,), scaler=scaler):
         scaler.scale(loss_of(model)).backward()
@@ -48,7 +52,11 @@ def half_model_with_a_scaler(guard: Guard, repaired: int) -> None:
 @case(
     "half-after-a-validation",
     "AMP303",
-    corpus=("C03", "C05"),
+    source=(
+        "https://github.com/huggingface/diffusers/issues/6442",
+        "https://github.com/huggingface/diffusers/issues/9973",
+        "https://github.com/ultralytics/ultralytics/issues/1253",
+    ),
     remedies=2,
     module="head",
     evidence={"count": 2, "optimized": 4, "parameters": ["head.weight", "head.bias"]},
@@ -78,7 +86,7 @@ def half_after_a_validation(guard: Guard, repaired: int) -> None:
 @case(
     "optimizer-of-another-model",
     "AMP304",
-    corpus=("C10",),
+    source=("https://github.com/huggingface/accelerate/issues/328",),
     also=("AMP309",),
     evidence={"reason": "not-the-models", "optimized": 4, "gradients_elsewhere": 4},
 )
@@ -98,7 +106,7 @@ def optimizer_of_another_model(guard: Guard, repaired: int) -> None:
 @case(
     "constant-loss",
     "AMP304",
-    corpus=("C13",),
+    source=("https://github.com/ecmwf/WeatherGenerator/issues/356",),
     remedies=2,
     evidence={"reason": "no-gradient", "gradients_elsewhere": 0},
 )
@@ -156,7 +164,16 @@ def detached_part(guard: Guard, repaired: int) -> None:
         scaler.update()
 
 
-@case("unscaled-twice", "AMP306", corpus=("C06",), reason="unscaled-twice")
+@case(
+    "unscaled-twice",
+    "AMP306",
+    source=(
+        "https://github.com/huggingface/transformers/issues/24449",
+        "https://github.com/huggingface/transformers/issues/23905",
+        "https://github.com/hiyouga/LlamaFactory/issues/77",
+    ),
+    reason="unscaled-twice",
+)
 def unscaled_twice(guard: Guard, repaired: int) -> None:
     model = Net()
     optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu")
@@ -169,7 +186,15 @@ def unscaled_twice(guard: Guard, repaired: int) -> None:
         scaler.update()
 
 
-@case("skipped-batch-without-update", "AMP306", corpus=("C08",), reason="unscaled-twice")
+@case(
+    "skipped-batch-without-update",
+    "AMP306",
+    source=(
+        "https://github.com/espnet/espnet/pull/2362",
+        "https://github.com/Haian-Jin/LVSM/pull/19",
+    ),
+    reason="unscaled-twice",
+)
 def skipped_batch_without_update(guard: Guard, repaired: int) -> None:
     model = Net()
     optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu")
@@ -236,7 +261,11 @@ def update_before_step(guard: Guard, repaired: int) -> None:
 
 
 @case(
-    "device-for-a-scale", "AMP312", corpus=("C31",), evidence={"argument": "init_scale", "value": "'cpu'"}, remedies=2
+    "device-for-a-scale",
+    "AMP312",
+    source=("https://github.com/MIC-DKFZ/nnUNet/issues/2735",),
+    evidence={"argument": "init_scale", "value": "'cpu'"},
+    remedies=2,
 )
 def device_for_a_scale(guard: Guard, repaired: int) -> None:
     model = Net()
@@ -253,7 +282,20 @@ def device_for_a_scale(guard: Guard, repaired: int) -> None:
         scaler.update()
 
 
-@case("fused-optimizer-clipping", "AMP308", corpus=("C15",), needs=("lightning",), remedies=2, marks={})
+@case(
+    "fused-optimizer-clipping",
+    "AMP308",
+    source=(
+        "https://github.com/Lightning-AI/pytorch-lightning/issues/15501",
+        "https://github.com/Lightning-AI/pytorch-lightning/pull/15555",
+        "https://github.com/Lightning-AI/pytorch-lightning/issues/21435",
+        "https://github.com/Lightning-AI/litgpt/issues/2042",
+    ),
+    needs=("lightning",),
+    trains=False,
+    remedies=2,
+    marks={},
+)
 def fused_optimizer_clipping(guard: Guard, repaired: int) -> None:
     from lightning.fabric.plugins.precision import MixedPrecision as Fabric
     from lightning.pytorch.plugins.precision import MixedPrecision
@@ -266,7 +308,18 @@ def fused_optimizer_clipping(guard: Guard, repaired: int) -> None:
         plugin.clip_gradients(optimizer, 0.0 if repaired == 2 else 1.0)
 
 
-@case("clipped-while-scaled", "AMP305", corpus=("C16",), marks={"call": "clip"}, crashes=False)
+@case(
+    "clipped-while-scaled",
+    "AMP305",
+    source=(
+        "https://github.com/Lightning-AI/pytorch-lightning/issues/18089",
+        "https://github.com/Lightning-AI/pytorch-lightning/issues/9694",
+        "https://github.com/TorchSSL/TorchSSL/pull/59",
+        "https://github.com/pytorch/pytorch/issues/40907",
+    ),
+    marks={"call": "clip"},
+    crashes=False,
+)
 def clipped_while_scaled(guard: Guard, repaired: int) -> None:
     model = Net()
     optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu")
@@ -279,7 +332,19 @@ def clipped_while_scaled(guard: Guard, repaired: int) -> None:
         scaler.update()
 
 
-@case("first-step-skipped", "AMP310", corpus=("C18",), marks={"call": "step"}, crashes=False)
+@case(
+    "first-step-skipped",
+    "AMP310",
+    source=(
+        "https://github.com/Lightning-AI/pytorch-lightning/issues/16228",
+        "https://github.com/Lightning-AI/pytorch-lightning/issues/18828",
+        "https://github.com/Lightning-AI/pytorch-lightning/issues/21339",
+        "https://github.com/pytorch/pytorch/issues/44511",
+        "https://github.com/huggingface/transformers/issues/11106",
+    ),
+    marks={"call": "step"},
+    crashes=False,
+)
 def first_step_skipped(guard: Guard, repaired: int) -> None:
     model = Net()
     optimizer = sgd(model.parameters())
@@ -292,7 +357,7 @@ def first_step_skipped(guard: Guard, repaired: int) -> None:
         scaler.step(optimizer)  # <- step
         scaler.update()
         scheduler.step()
-    assert bool([one for one in caught if "lr_scheduler.step()" in str(one.message)]) is not bool(repaired)
+        assert bool([one for one in caught if "lr_scheduler.step()" in str(one.message)]) is not bool(repaired)
 
 
 @case("one-loss-unscaled", "AMP311", marks={"call": "backward"}, crashes=False)

@@ -378,6 +378,7 @@ def test_chained_exceptions_lose_our_frames_too(run):
         (["run", "missing.py"], "missing.py"),
         (["run", "-m", "no_such_module"], "no_such_module"),
         (["run", "-m", "no_such_package.run"], "no_such_package.run"),
+        (["run", "-m", ".run"], ".run"),
         (["run", "."], "."),
         (["run", "--select", "AMP999", "train.py"], "AMP999"),
         (["run", "--ignore", "XYZ", "train.py"], "XYZ"),

@@ -400,6 +400,23 @@ def test_loop_that_never_runs(watching, told):
     assert "(no training step was watched)" in last
 
 
+def test_step_that_is_compiled_as_a_whole(watching, told):
+    model = CNN()
+    optimizer = sgd(model)
+
+    @torch.compile(backend="eager")
+    def step(images):
+        model(images).sum().backward()
+
+    with watching(None):
+        step(digits("train", 2).images)
+        optimizer.step()
+    assert told == [
+        "ampcheck  nothing was judged: no call of a module that trains was seen; "
+        "a training step that is compiled as a whole (`@torch.compile`) shows none"
+    ]
+
+
 def test_no_model_and_nothing_that_trains(watching, told, tmp_path):
     with watching(None, report=tmp_path / "report.json") as watch:
         evaluate(CNN())
@@ -703,3 +720,15 @@ def test_standard_error_that_nobody_reads(tmp_path):
     )
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert (run.returncode, run.stdout) == (0, "trained\n")
+
+
+def test_optimizer_of_a_model_inside_a_functional_call(watching):
+    """Other tensors stand for the parameters there, and none of them is the optimizer's."""
+    model = CNN()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images, labels = digits("train", 8)
+    with watching(model, optimizer=optimizer) as watch:
+        stand_ins = {name: parameter * 1.0 for name, parameter in model.named_parameters()}
+        F.cross_entropy(torch.func.functional_call(model, stand_ins, (images,)), labels).backward()
+        optimizer.step()
+    assert "AMP309" not in found(watch.report)

@@ -82,6 +82,31 @@ def make():
     return Net({kind}()).eval(), torch.ones(3, 6) / 3
 def nothing():
     return 1
+def twice():
+    model, x = make()
+    return model, (x, x)
+def wide():
+    model, x = make()
+    return model.double(), x.double()
+def far():
+    model, x = make()
+    return model, x.to("meta")
+def more():
+    model, x = make()
+    model.head.register_forward_hook(lambda module, args, y: (y, y))
+    return model, x
+def chosen():
+    return *more(), dict(outputs=lambda y: y[0])
+def unknown():
+    return *more(), dict(output=lambda y: y[0])
+def owned():
+    return *make(), dict(fail_on="error")
+def seeded():
+    return *make(), dict(seed=1, rtol=1e-4)
+def twofold():
+    return *make(), dict(seed=1), dict(seed=2)
+def unnamed():
+    return *make(), [1]
 """
 
 
@@ -108,6 +133,7 @@ def folder(tmp_path):
 
 
 def test_command_line(folder):
+    pytest.importorskip("matplotlib")
     done = command(folder, "--json", "r.json", "--fail-on", "error", "numpytanh:make", "NumpyTanh.pt")
     assert done.returncode == 3, done.stderr
     assert "error[AMP602] constant-baked-into-trace" in done.stdout
@@ -116,6 +142,9 @@ def test_command_line(folder):
     assert (done.returncode, done.stderr) == (0, "")
     assert "TorchScript trace against eager · equal" in done.stdout
     assert (folder / "f.svg").is_file()
+    for factory in ("torchtanh:chosen", "torchtanh:seeded"):
+        done = command(folder, "--fail-on", "warning", factory, "TorchTanh.pt")
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +153,17 @@ def test_command_line(folder):
         (("torchtanh:make", "none.pt"), "there is no file 'none.pt'"),
         (("torchtanh:nothing", "TorchTanh.pt"), "does not give a model and its inputs"),
         (("missing:make", "TorchTanh.pt"), "No module named 'missing'"),
+        (
+            ("torchtanh:twice", "TorchTanh.pt"),
+            "the eager model does not take these inputs: too many positional arguments",
+        ),
+        (("torchtanh:wide", "TorchTanh.pt"), "the inputs are float64, and the TorchScript trace computes in float32"),
+        (("torchtanh:far", "TorchTanh.pt"), "the inputs are on meta, and the eager model is on cpu"),
+        (("torchtanh:more", "TorchTanh.pt"), "say with the option `outputs`"),
+        (("torchtanh:unknown", "TorchTanh.pt"), "gives an option that there is not: output"),
+        (("torchtanh:owned", "TorchTanh.pt"), "gives an option that there is not: fail_on"),
+        (("torchtanh:twofold", "TorchTanh.pt"), "more than a model, its inputs and one mapping of options"),
+        (("torchtanh:unnamed", "TorchTanh.pt"), "more than a model, its inputs and one mapping of options"),
         (("--fail-on", "loud", "torchtanh:make", "TorchTanh.pt"), "fail_on must be"),
     ],
 )

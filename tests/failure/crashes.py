@@ -184,6 +184,23 @@ def view_without_grad() -> None:
     view.add_(1)
 
 
+@crash("viewed-base-modified", node="Split", output=1)
+def base_of_a_split() -> None:
+    y = nn.Parameter(R(4)).mul(2)
+    _, second = y.split(2)
+    y.mul_(2)
+    second.exp()
+
+
+@crash("viewed-base-modified", mode="no_grad")
+def base_of_a_view_without_grad() -> None:
+    y = nn.Parameter(R(4)).mul(2)
+    with torch.no_grad():
+        first, _ = y.unbind()[:2]
+    y.mul_(2)
+    first.exp()
+
+
 @crash("backward-hook-view", node="BackwardHookFunction", output=0)
 def backward_hook() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
@@ -245,6 +262,12 @@ def overlapping_copy() -> None:
 @crash("scaler-bad-argument", unexpected="device_type")
 def scaler_device_type() -> None:
     torch.amp.GradScaler(device_type="cpu")
+
+
+@crash("scaler-bad-argument", unexpected="Closure")
+def closure_for_a_scaler() -> None:
+    optimizer, scaler = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), torch.amp.GradScaler("cpu")
+    scaler.step(optimizer, closure=lambda: None)
 
 
 @crash("first-step-skipped")

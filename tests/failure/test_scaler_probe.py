@@ -143,3 +143,21 @@ def test_a_collapse_is_three_skipped_steps_of_three(skipped: tuple[bool, ...], f
     calls = tuple(ScalerCall("step", None, (0,), skipped=one) for one in skipped)
 
     assert len(list(loss_scale_collapse(Trace(training=StepTrace(scaling=calls))))) == findings
+
+
+def test_leaves_saved_tensors_under_hooks_alone() -> None:
+    """To look at one runs its hooks: a checkpoint would compute its forward again, and update its buffers."""
+    unpacked: list[torch.Tensor] = []
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        unpacked.append(tensor)
+        return tensor
+
+    model = Net()
+    loss = loss_of(model)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        product = loss * torch.tensor(2.0)
+    with ScalerProbe():
+        (product + 1.0).backward()
+
+    assert len(unpacked) == 1

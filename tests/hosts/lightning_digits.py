@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -15,6 +17,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 Region = Callable[[], AbstractContextManager[Any]]
+
+
+def installed() -> list[ModuleType]:
+    """Those of Lightning's two packages that are installed."""
+    return [
+        importlib.import_module(name)
+        for name in ("lightning.pytorch", "pytorch_lightning")
+        if importlib.util.find_spec(name.partition(".")[0])
+    ]
 
 
 def cnn() -> nn.Sequential:

@@ -504,7 +504,9 @@ def test_fault_of_ours_leaves_the_run_alone(build: Build) -> None:
     runner = build(optim_wrapper={"type": "SecretiveAmpOptimWrapper"})
     runner.train()
     assert runner.iter == 20
-    assert log_of(runner).count("AmpCheck switched itself off: RuntimeError: not yours") == 1
+    log = log_of(runner)
+    assert log.count("AmpCheck switched itself off") == 1
+    assert "RuntimeError: not yours" in log
 
 
 def test_last_of_all_hooks(build: Build) -> None:

@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from digits import digits, upscaled
+from lightning_digits import installed, loader, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-lightning = pytest.importorskip("lightning.pytorch")
-
-from digits import digits, upscaled  # noqa: E402
-from lightning_digits import loader, trainer  # noqa: E402
+INSTALLED = installed()
+if not INSTALLED:
+    pytest.skip("neither of Lightning's packages is installed", allow_module_level=True)
 
 from ampcheck.integrations.lightning import AmpCheck  # noqa: E402
 
+lightning = INSTALLED[0]
 MixedPrecision = lightning.plugins.MixedPrecision
 
 
@@ -336,6 +338,7 @@ def compiling() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="this PyTorch runs nothing compiled eagerly")
 @pytest.mark.parametrize("since", [1, 3])
 @pytest.mark.parametrize("what", ["network", "module"])
 @pytest.mark.usefixtures("compiling")

@@ -28,11 +28,12 @@ pytest.importorskip("ultralytics")
 
 from hosts.ultralytics_scenes import YAML, detector, draw_scenes, sort_into_folders
 from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, torch_utils
 
 from ampcheck import AmpChecker, Finding, FindingsError, Severity
 from ampcheck.integrations.ultralytics import FIXES, AmpCheck
@@ -60,7 +61,14 @@ class ScalingTrainer(AmpTrainer):
     )
 
 
+def can_train_as_on_a_gpu() -> None:
+    """Skips a test where Ultralytics enters CUDA's autocast, whatever the device is."""
+    if not hasattr(torch_utils, "autocast"):
+        pytest.skip("this Ultralytics has AMP for CUDA alone")
+
+
 def validate_as_on_a_gpu(validator: Any) -> None:
+    can_train_as_on_a_gpu()
     if validator.training:
         validator.args.quantize = 16
 
@@ -94,11 +102,24 @@ def log() -> Iterator[list[str]]:
     LOGGER.removeHandler(handler)
 
 
+def takes(amp: str) -> bool:
+    """Whether this Ultralytics takes that for ``amp=``."""
+    try:
+        get_cfg(overrides={"amp": amp})
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 @pytest.fixture
 def train(data: Path, tmp_path: Path) -> Callable[..., YOLO]:
     """Train a tiny detector on scenes; ``attach`` gets the model before that."""
 
     def train(attach: Callable[[YOLO], object] = lambda model: None, *, yaml: str = YAML, **arguments: Any) -> YOLO:
+        if issubclass(arguments.get("trainer", object), (AmpTrainer, AmpClassifier)):
+            can_train_as_on_a_gpu()
+        if isinstance(arguments.get("amp"), str) and (takes("no dtype") or not takes("bf16")):
+            pytest.skip("in this Ultralytics `amp=` names no dtype")
         model = YOLO(detector(tmp_path, yaml))
         attach(model)
         model.train(**{"data": str(data), "project": str(tmp_path / "runs"), **QUIET, **arguments})
@@ -206,6 +227,7 @@ def test_amp_in_float16_with_a_scaler_is_healthy(train: Any, log: list[str]) -> 
 
 
 def test_a_classifier_is_checked_too(folders: Path, tmp_path: Path) -> None:
+    can_train_as_on_a_gpu()
     arguments = {**QUIET, "imgsz": 32, "data": str(folders), "project": str(tmp_path)}
     found = []
     for trainer in (ClassificationTrainer, AmpClassifier):
@@ -385,7 +407,7 @@ def global_state() -> dict[str, Any]:
         "function modes": torch._C._len_torch_function_stack(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
         "autocast": {name: value for name, value in vars(torch.autocast).items() if callable(value)},
-        "saved tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "saved tensor hooks": getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)(True),
         "autocast on": torch.is_autocast_enabled("cpu"),
         "grad": torch.is_grad_enabled(),
     }

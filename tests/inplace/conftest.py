@@ -32,7 +32,7 @@ class Recorder:
     @contextlib.contextmanager
     def __call__(self, model: nn.Module, **_: Any) -> Iterator[None]:
         modules = ModuleProbe(model, "cpu", AutocastProbe())
-        probe = WriteProbe(model, lambda: modules.current, lineage=True)
+        probe = WriteProbe(model, lambda: modules.current)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

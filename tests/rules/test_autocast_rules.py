@@ -10,6 +10,7 @@ from rules.traces import (
     ERROR,
     FP16,
     INFO,
+    NET,
     SCALER,
     WARNING,
     call,
@@ -270,8 +271,19 @@ class TestPrecisionUnsupported:
         facts = {"precision": BF16, "scaler": None, "evaluation": None, "environment": self.EMULATED}
         seen = only(trace(training=step("bfloat16"), **facts))
         assert (seen.code, seen.severity) == ("AMP107", WARNING)
+        assert seen.fix.startswith("Use float16 with a gradient scaler, which this cuda device computes natively")
         # What is said at fit start is not said again after the watched step.
         assert only(trace(training=None, **facts)) == seen
+
+    @pytest.mark.parametrize(
+        ("bfloat16", "fix"), [(True, "Use bfloat16, which this cpu device computes"), (False, "Train in float32: this")]
+    )
+    def test_float16_on_a_cpu(self, bfloat16, fix):
+        environment = Environment("2.15.0", {("cpu", "float16"): False, ("cpu", "bfloat16"): bfloat16})
+        on_cpu = dataclasses.replace(model(NET), device_type="cpu")
+        seen = only(trace(model=on_cpu, training=None, evaluation=None, environment=environment))
+        assert seen.code == "AMP107"
+        assert seen.fix.startswith(fix)
 
     def test_native_or_unknown(self):
         assert found(trace(environment=self.EMULATED)) == {}
