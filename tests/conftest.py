@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from ampcheck.walk import anything_compiled
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_compiled() -> Iterator[None]:
-    yield
+def nothing_is_compiled() -> None:
+    # Ahead of the test, not behind it: programs run while the tests are collected, too.
     if anything_compiled():
         torch._dynamo.reset()
