@@ -5,6 +5,7 @@ from ampcheck.export import Setting, compare, compare_settings, draw_errors, pla
 from ampcheck.launch import run_module, run_script, show_exception
 from ampcheck.plain import watch
 from ampcheck.precision import Precision
+from ampcheck.replay import backward_without_hooks
 from ampcheck.report import Report
 from ampcheck.rule import Evidence, Finding, Rule, Severity, rule
 from ampcheck.rules import RULES
@@ -27,6 +28,7 @@ __all__ = [
     "Severity",
     "Site",
     "Trace",
+    "backward_without_hooks",
     "compare",
     "compare_settings",
     "draw_errors",

@@ -80,7 +80,7 @@ class watch:
         self._fault: Exception | None = None
         self._forwards = 0
         self._again = again
-        self._found: dict[str, Any] = {}
+        self._shown: tuple[Precision, torch.amp.GradScaler | None] = Precision(), None
         self._nodes = 0
         self._begun = 0
         self._ended = 0
@@ -276,15 +276,16 @@ class watch:
             scalers = _alive(torch.amp.GradScaler)
             scaler = next((one for one in scalers if one.is_enabled()), scalers[0] if scalers else None)
         precision = self._precision or self._observed(module, scaler)
-        self._found = {"precision": precision, "optimizers": optimizers, "scaler": scaler}
-        self._checker.attach(module, **self._found, **self._context)
+        self._shown = precision, scaler
+        self._checker.attach(module, precision=precision, optimizers=optimizers, scaler=scaler, **self._context)
 
     def _take_scaler(self) -> None:
         """The scaler is known by its use, where none was given."""
         scaler = self._step.scaler if self._step is not None else None
-        if self._scaler is None and scaler is not None and scaler is not self._found["scaler"]:
-            self._found["scaler"] = scaler
-            self._checker.scaled_by(scaler, self._precision or _shown_by(scaler, self._found["precision"]))
+        precision, known = self._shown
+        if self._scaler is None and scaler is not None and scaler is not known:
+            self._shown = precision, scaler
+            self._checker.scaled_by(scaler, self._precision or _shown_by(scaler, precision))
 
     def _observed(self, module: nn.Module, scaler: torch.amp.GradScaler | None) -> Precision:
         """The precision that the loop itself shows at its first training forward."""

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ampcheck.autograd import leaves_behind, tensors_in
 from ampcheck.probes.containment import undo
+from ampcheck.walk import is_sharded
 
 T = TypeVar("T")
 
@@ -127,16 +128,34 @@ def _differentiate(result: Any) -> None:
         torch.autograd.grad(losses, leaves or losses, [torch.ones_like(loss) for loss in losses], allow_unused=True)
 
 
+def backward_without_hooks(
+    module: nn.Module,
+    loss: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """``loss.backward(...)`` for a step that is replayed and runs backward itself: without the hooks on parameters,
+    which are where processes wait for one another. Gradients of ``module``'s parameters, or of ``inputs``, are new
+    tensors; the replay puts the old ones back."""
+    own = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    leaves = own if inputs is None else [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+    gradients = torch.autograd.grad(loss, leaves or [loss], gradient, retain_graph, create_graph, allow_unused=True)
+    for leaf, found in zip(leaves, gradients, strict=False):
+        if found is not None:
+            leaf.grad = found if leaf.grad is None else leaf.grad + found
+
+
 def _why_not(model: nn.Module, error: BaseException) -> str | None:
     if not isinstance(error, Exception):
         return f"{type(error).__name__} is no failure"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "memory ran out"
-    sharded = sys.modules.get("torch.distributed.fsdp")
-    if sharded is not None and any(isinstance(m, sharded.FullyShardedDataParallel) for m in model.modules()):
-        return "the model is sharded"
     if any(is_traceable_wrapper_subclass(parameter.data) for parameter in model.parameters()):
         return "its parameters are distributed tensors, which only all processes together can compute with"
+    if is_sharded(model):
+        return "the model is sharded"
     return None
 
 

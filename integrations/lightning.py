@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ampcheck import AmpChecker, FindingsError, Host, Precision
+from ampcheck import AmpChecker, FindingsError, Host, Precision, backward_without_hooks
 
 P = ParamSpec("P")
 
@@ -407,7 +407,7 @@ def _step_again(trainer: Any, arguments: tuple[Any, ...]) -> object:
             # A step that died in between leaves the parameters of the other optimizers frozen.
             for parameter, required in getattr(module, "_param_requires_grad_state", {}).items():
                 parameter.requires_grad_(required)
-            backward = functools.partial(_manual_backward, module)
+            backward = functools.partial(backward_without_hooks, module)
             stack.enter_context(_shadowed(module, "manual_backward", backward))
             for wrapped in trainer.strategy._lightning_optimizers:
                 stack.enter_context(_shadowed(wrapped, "step", wrapped.optimizer.step))
@@ -418,24 +418,6 @@ def _step_again(trainer: Any, arguments: tuple[Any, ...]) -> object:
     if not module.automatic_optimization:
         return None
     return output.get("loss") if isinstance(output, Mapping) else output
-
-
-def _manual_backward(
-    module: nn.Module,
-    loss: torch.Tensor,
-    gradient: torch.Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """``loss.backward(...)`` without its hooks, which are where processes wait for one another. Gradients are new
-    tensors; whoever replays the step puts the old ones back."""
-    own = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    leaves = own if inputs is None else [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
-    gradients = torch.autograd.grad(loss, leaves or [loss], gradient, retain_graph, create_graph, allow_unused=True)
-    for leaf, found in zip(leaves, gradients, strict=False):
-        if found is not None:
-            leaf.grad = found if leaf.grad is None else leaf.grad + found
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import nn
 
-from ampcheck import AmpChecker, FindingsError, Host, Precision
+from ampcheck import AmpChecker, FindingsError, Host, Precision, backward_without_hooks
 
 FIXES = MappingProxyType(
     {
@@ -283,29 +283,11 @@ def _stand_in(model: nn.Module, wrapper: OptimWrapper) -> OptimWrapper:
     stand_in = copy.copy(wrapper)
 
     def backward(loss: torch.Tensor, **kwargs: Any) -> None:
-        _backward(model, loss, **kwargs)
+        backward_without_hooks(model, loss, **kwargs)
         stand_in._inner_count += 1
 
     vars(stand_in).update(backward=backward, step=wrapper.optimizer.step)
     return stand_in
-
-
-def _backward(
-    model: nn.Module,
-    loss: torch.Tensor,
-    gradient: torch.Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """``loss.backward(...)`` without those hooks. Gradients are new tensors; whoever replays the step puts the old ones
-    back."""
-    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    leaves = own if inputs is None else [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
-    gradients = torch.autograd.grad(loss, leaves or [loss], gradient, retain_graph, create_graph, allow_unused=True)
-    for leaf, found in zip(leaves, gradients, strict=False):
-        if found is not None:
-            leaf.grad = found if leaf.grad is None else leaf.grad + found
 
 
 _ABSENT = object()

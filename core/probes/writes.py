@@ -157,7 +157,7 @@ class WriteProbe(TorchDispatchMode):
         self._ops: dict[int, GraphOp] = {}
         self._latest: dict[int, GraphOp] = {}
         self._made: dict[int, GraphOp] = {}
-        # Tuples of numbers cost the garbage collector nothing, which lists of ops would, and more than all the rest.
+        # Arrays of numbers cost the garbage collector nothing, which lists of ops would, and more than all the rest.
         self._users: dict[int, array[int]] = {}
         self._writes: dict[int, list[Overwrite]] = {}
         self._pinned: dict[int, int] = {}
@@ -445,7 +445,6 @@ class WriteProbe(TorchDispatchMode):
                 continue
             users = self._users.get(key)
             if users is None:
-                # Numbers in an array cost the garbage collector nothing.
                 users = self._users[key] = array("q")
                 self._pin(key, tensor)
             if op.event not in users[-1:]:

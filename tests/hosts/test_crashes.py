@@ -281,21 +281,6 @@ head:
 """
 
 
-SMALL = {
-    "imgsz": 64,
-    "batch": 4,
-    "epochs": 1,
-    "workers": 0,
-    "device": "cpu",
-    "plots": False,
-    "verbose": False,
-    "warmup_epochs": 0,
-    "nbs": 4,
-    "optimizer": "SGD",
-    "lr0": 0.01,
-}
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("ultralytics")
@@ -308,17 +293,12 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def yolo(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Train a detector with ``WaveletDown`` around ``transform``; returns its trainer."""
     monkeypatch.setitem(os.environ, "YOLO_OFFLINE", "1")
+    from cases.hosts_ultralytics import SMALL, AmpTrainer
     from hosts.ultralytics_scenes import detector
     from ultralytics import YOLO
-    from ultralytics.models.yolo.detect import DetectionTrainer
     from ultralytics.nn import tasks
 
     from ampcheck.integrations.ultralytics import AmpCheck
-
-    class AmpTrainer(DetectionTrainer):
-        """Trains as on a GPU that passes the AMP check: on a CPU Ultralytics switches AMP off."""
-
-        amp = property(lambda self: True, lambda self, value: None)
 
     def train(checker: AmpChecker, transform: Callable[[int], nn.Module], models: list[Any]) -> None:
         # The model is unpickled for its last evaluation, so its modules must be found by name: no partial inside.

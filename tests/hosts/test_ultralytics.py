@@ -26,6 +26,7 @@ from torch.nn.modules import module as module_hooks
 os.environ.setdefault("YOLO_OFFLINE", "1")
 pytest.importorskip("ultralytics")
 
+from cases.hosts_ultralytics import AmpTrainer
 from hosts.ultralytics_scenes import YAML, detector, draw_scenes, sort_into_folders
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
@@ -41,12 +42,6 @@ from ampcheck.integrations.ultralytics import FIXES, AmpCheck
 QUIET = {"imgsz": 64, "batch": 8, "epochs": 1, "workers": 0, "plots": False, "device": "cpu", "verbose": False}
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-class AmpTrainer(DetectionTrainer):
-    """Trains as on a GPU that passes the AMP check: on a CPU Ultralytics switches AMP off."""
-
-    amp = property(lambda self: True, lambda self, value: None)
 
 
 class AmpClassifier(ClassificationTrainer):
