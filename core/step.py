@@ -58,8 +58,8 @@ class WatchedStep:
             self._modules = modules = ModuleProbe(model, device_type, self._autocast)
             # Active modes send evaluation down other kernels, and make compiled code compile again.
             if phase == "training" and (replayed or not anything_compiled()):
-                self._ops = OpProbe(model, device_type, modules)
                 self._writes = WriteProbe(model, lambda: modules.current)
+                self._ops = OpProbe(model, device_type, modules, self._writes)
         self._scaler = ScalerProbe() if phase == "training" else None
         probes = (self._autocast, self._modules, self._ops, self._scaler, self._writes)
         self._probes = [probe for probe in probes if probe is not None]

@@ -106,7 +106,7 @@ SCENES = {
     "AMP206": Scene(
         "@torch.library.custom_op('mylib::pool', mutates_args=())\n"
         "def pool(x: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:\n"
-        "    return x @ rois\n"
+        "    return torch.zeros(len(x), 4).addmm_(x, rois)\n"
         + module("rois = torch.ones(4, 4)\nself.conv = self.stem\nEXAMPLE\nreturn y.detach() + self.conv(x)")
     ),
     "AMP207": Scene(

@@ -18,6 +18,7 @@ from ampcheck.precision import LOW_PRECISION
 from ampcheck.probes.autocast import autocast_state
 from ampcheck.probes.containment import contained, hide_frame
 from ampcheck.probes.modules import ModuleProbe
+from ampcheck.probes.writes import WriteProbe
 from ampcheck.source import calling_site
 from ampcheck.trace import OpCall, Operand
 from ampcheck.walk import dtype_name, tensor_names
@@ -36,6 +37,17 @@ _PROMOTING = {
     for prefix in ("", "r", "i")
 }
 
+# Below a dispatch mode these compute something else: autocast does not reach what their kernels call, or they take
+# another algorithm. `tests/fuzz/every_op.py` finds them.
+_APART = frozenset(
+    {
+        *("bilinear", "linear_cross_entropy", "norm", "nuclear_norm", "linalg_cond", "linalg_eigvalsh", "linalg_lstsq"),
+        *("linalg_matrix_norm", "linalg_matrix_rank", "linalg_norm", "linalg_pinv", "linalg_polar", "linalg_svdvals"),
+    }
+)
+_APART_IN_BACKWARD = frozenset({"prod", "cumprod", "linalg_lstsq"})
+_PYTORCHS_OWN = ("aten.", "prim.", "prims.", "c10d", "_c10d", "fsdp.", "symm_mem.")
+
 
 class OpProbe(TorchFunctionMode):
     """Records, while it is active in the running thread:
@@ -44,17 +56,21 @@ class OpProbe(TorchFunctionMode):
       buffer of the model,
     - calls of ``binary_cross_entropy`` and of ``Tensor.backward``, with autocast as they found it.
 
+    It takes ``writes``, which is a dispatch mode, out of the way of the functions that such a mode changes: extension
+    ops, whose kernels may be PyTorch programs themselves, and a few of PyTorch's own.
+
     It lies at the bottom of the stack of function modes, so that it can be entered and left at any two moments
     whatever ``with`` blocks of others begin and end in between. During an optimizer's step, of many calls and none of
     interest, it is off the stack.
     """
 
-    def __init__(self, model: nn.Module, device_type: str, modules: ModuleProbe) -> None:
+    def __init__(self, model: nn.Module, device_type: str, modules: ModuleProbe, writes: WriteProbe) -> None:
         super().__init__()
         self.error: Exception | None = None
         self._names = tensor_names(model)
         self._device_type = device_type
         self._modules = modules
+        self._writes = writes
         self._counts: dict[OpCall, int] = {}
         self._stepping: torch.optim.Optimizer | None = None
         self._thread = threading.get_ident()
@@ -112,17 +128,33 @@ class OpProbe(TorchFunctionMode):
             raise
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", None)
         if func is _BACKWARD or func is _BCE:
             self._called(func.__name__, args)
-        elif getattr(func, "__name__", None) in _PROMOTING:
+        elif (
+            name in _APART
+            or name in _APART_IN_BACKWARD
+            or (isinstance(func, _OPS) and not str(func).startswith(_PYTORCHS_OWN))
+        ):
+            output = self._writes.apart(func, args, kwargs)
+            if name in _APART_IN_BACKWARD:
+                self._differentiated_apart(output)
+            return output
+        elif name in _PROMOTING:
             # An in-place op writes over its first operand: look first.
             self._given = ()
             self._look((*args, *kwargs.values()))
             operands = self._given
             output = func(*args, **kwargs)
-            self._promoted(_PROMOTING[func.__name__], operands, output)
+            self._promoted(_PROMOTING[name], operands, output)
             return output
         return func(*args, **kwargs)
+
+    @contained
+    def _differentiated_apart(self, output: Any) -> None:
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+                self._writes.apart_in_backward(tensor.grad_fn)
 
     @contained
     def _look(self, values: Iterable[Any]) -> None:
@@ -153,6 +185,7 @@ class OpProbe(TorchFunctionMode):
 
 _BACKWARD = torch.Tensor.backward
 _BCE = nn.functional.binary_cross_entropy
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def _operands(values: Iterable[Any], names: dict[int, str]) -> Iterator[Operand]:

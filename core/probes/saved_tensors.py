@@ -44,14 +44,14 @@ def stale_tensors(error: BaseException, probe: WriteProbe) -> tuple[StaleTensor,
     Each slot of each node is asked for its tensor, as backward would ask: PyTorch's own check names the stale ones.
     Slots under saved-tensor hooks are left alone, since to ask them runs the hooks (a checkpoint, say).
     """
-    found: list[tuple[bool, int, StaleTensor]] = []
-    hidden: list[tuple[bool, int, StaleTensor]] = []
+    found: list[tuple[int, int, StaleTensor]] = []
+    hidden: list[tuple[int, int, StaleTensor]] = []
     for node in nodes_behind(_roots(error)):
         op = probe.op_of(node)
         if op is not None and op.hooks:
             continue
         if op is not None and is_copy_slices(node):
-            hidden += [(True, op.sequence, stale) for stale in _behind(node, op, str(error), probe)]
+            hidden += [(rank, op.sequence, stale) for rank, stale in _behind(node, op, str(error), probe)]
         for slot, raw in saved_slots(node):
             try:
                 slot_value(node, slot)
@@ -82,8 +82,13 @@ def _stale_tensor(node: Any, slot: str, raw: Any, message: str, op: GraphOp | No
     shape = _shape(message)
     candidates = [_identity(saved_tensor, message) for saved_tensor in (raw if isinstance(raw, tuple) else (raw,))]
     identity = next((c for c in candidates if c and c[1] == found and shape in (None, c[2])), None)
-    key, _, shape, dtype = identity or (None, found, shape or (), "")
-    writes = _counted(probe, key, op, saved, found)
+    if identity is None and op is not None:
+        # A leaf that became part of a graph by the write shows itself to no hook.
+        key, writes = next(iter(_written(probe, op, saved, found).items()), (None, []))
+        dtype = dtype_name(writes[0].dtype) if writes else ""
+    else:
+        key, _, shape, dtype = identity or (None, found, shape, "")
+        writes = _counted(probe, key, op, saved, found)
     name = "saved_tensors" if slot == "tensors" else slot
     return probe.told(op, node, name, key, dtype, shape or (), writes, versions=(saved, found))
 
@@ -108,19 +113,31 @@ def _identity(saved: Any, message: str) -> tuple[int, int, tuple[int, ...], str]
     return seen[0] if seen else None
 
 
-def _behind(node: Any, op: GraphOp, message: str, probe: WriteProbe) -> Iterator[StaleTensor]:
+def _behind(node: Any, op: GraphOp, message: str, probe: WriteProbe) -> Iterator[tuple[int, StaleTensor]]:
     """What is stale in the node that an in-place op on a view hides: of the storages the op used, those that were
-    written as often since as the message says."""
+    written as often since as the message says. Those rank higher that have the shape it says, and then those that were
+    written after the op."""
     if not _VERSIONS.search(message):
         return
     saved, found = _versions(message)
-    counted = {key: _counted(probe, key, op, saved, found) for key in op.keys}
-    stale = {key: writes for key, writes in counted.items() if any(write.after == found for write in writes)}
-    # What the op wrote itself is what was stale only where nothing was written later.
-    later = {key: writes for key, writes in stale.items() if any(write.event > op.event for write in writes)}
-    for key, writes in (later or stale).items():
+    for key, writes in _written(probe, op, saved, found).items():
         dtype = dtype_name(writes[0].dtype)
-        yield probe.told(op, node, None, key, dtype, _shape(message) or (), writes, versions=(saved, found))
+        stale = probe.told(op, node, None, key, dtype, _shape(message) or (), writes, versions=(saved, found))
+        fits = any(write.event == op.event and write.layout[1] == _shape(message) for write in writes)
+        yield 2 * fits + any(write.event > op.event for write in writes), stale
+
+
+def _written(probe: WriteProbe, op: GraphOp, saved: int, found: int) -> dict[int, list[Overwrite]]:
+    """Of the storages that ``op`` used, those written from version ``saved`` to ``found``, with the writes."""
+    counted = {key: _counted(probe, key, op, saved, found) for key in op.keys}
+    written = {
+        key: writes
+        for key, writes in counted.items()
+        if any(write.version == saved for write in writes) and any(write.after == found for write in writes)
+    }
+    # What the op wrote itself is what was stale only where nothing was written later.
+    later = {key: writes for key, writes in written.items() if any(write.event > op.event for write in writes)}
+    return later or written
 
 
 def _versions(message: str) -> tuple[int, int]:

@@ -173,6 +173,8 @@ class WriteProbe(TorchDispatchMode):
         self._backwards: dict[int, Place] = {}
         self._inference: dict[Place, None] = {}
         self._stepping: _Stepping | None = None
+        self._given: list[tuple[torch.Tensor, int]] = []
+        self._aside = False
         self._handles: list[Any] = []
         self._names: dict[int, tuple[str, bool]] = {}
         _allow_higher_order_ops()
@@ -211,6 +213,65 @@ class WriteProbe(TorchDispatchMode):
 
     def _pop(self) -> None:
         _put_modes(_take_modes_above(self))
+
+    def apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that would compute something else below a dispatch mode; it is logged as one op."""
+        self._note_versions((*args, *kwargs.values()))
+        self._step_aside()
+        try:
+            output = func(*args, **kwargs)
+        finally:
+            self._step_back()
+            given, self._given = self._given, []
+        self._ran_apart(func, given, output)
+        return output
+
+    def apart_in_backward(self, node: Any) -> None:
+        """Let backward pass through ``node`` without this mode, below which its formula would be another."""
+        self._handles += [node.register_prehook(self._step_aside), node.register_hook(self._step_back)]
+
+    def _step_aside(self, *_: Any) -> None:
+        try:
+            depth = torch._C._len_torch_dispatch_stack()
+            if any(torch._C._get_dispatch_stack_at(index) is self for index in range(depth)):
+                self._pop()
+                self._aside = True
+        except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
+            self.error = self.error or bare(error)
+
+    def _step_back(self, *_: Any) -> None:
+        try:
+            if self._aside:
+                self._aside = False
+                self._push()
+        except Exception as error:  # noqa: BLE001
+            self.error = self.error or bare(error)
+
+    @contained
+    def _note_versions(self, values: Sequence[Any]) -> None:
+        self._given = [(tensor, tensor._version) for tensor in _tensors(values) if not tensor.is_inference()]
+
+    @contained
+    def _ran_apart(self, func: Any, given: Sequence[tuple[torch.Tensor, int]], output: Any) -> None:
+        frame = sys._getframe(3)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            tensors = [tensor for tensor, _ in given]
+            known = _Known(op_name(func), (), True)
+            op = self._graph_op(func, known, tensors, frame)
+            if op is not None:
+                self._used(op, tensors)
+                op.taken = len(op.keys)
+                self._used(op, output if isinstance(output, (tuple, list)) else (output,), produced=True)
+            self._event += op is None
+            for tensor, version in given:
+                key = _key(tensor)
+                if tensor._version == version or key not in self._users:
+                    continue
+                write = Overwrite(self._event, known.name, self._places.find(frame), self._current_module(), tensor)
+                write.version, write.after = version, tensor._version
+                self._writes.setdefault(key, []).append(write)
+                if not tensor.requires_grad or self._hooked:
+                    self._suspects.add(key)
 
     @contained
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -374,12 +435,18 @@ class WriteProbe(TorchDispatchMode):
                 made.func, made.place, made.keys = func, self._places.find(frame), ()
                 self._packed = False
                 return made
-            if known.targets and made.func is _CLONE:
+            if known.targets and made.func is _CLONE and _grad_enabled() and made.place == self._places.find(frame):
                 # An in-place op that needs the value it overwrites has made its node, and saved a copy of it.
                 made.func = func
                 return made
             return None
         self._sequences[thread] = sequence
+        made = self._latest.get(thread)
+        recorded = not _grad_enabled() or any(tensor.requires_grad for tensor in _tensors(args))
+        if made is not None and not recorded and not _active_hooks():
+            # An op on what needs no gradient makes no node: an in-place op on a view made these, after its own.
+            self._ops.update(dict.fromkeys(range(last, sequence), made))
+            return None
         self._event += 1
         if self._unmarked:
             self._check_unmarked(args, frame)
@@ -451,7 +518,7 @@ class WriteProbe(TorchDispatchMode):
                 users.append(op.event)
             if key not in op.keys:
                 op.keys += (key,)
-            if produced or not tensor.untyped_storage().resizable():
+            if produced or key in self._suspects or not tensor.untyped_storage().resizable():
                 self._note_content(op, tensor, key)
 
     def _pin(self, key: int, tensor: torch.Tensor) -> None:
@@ -503,15 +570,17 @@ class WriteProbe(TorchDispatchMode):
         """A number that tells contents apart, for memory that may be written to from outside PyTorch. Parameters and
         buffers are left out: other processes may train them too, and batch norm updates its own."""
         if tensor.is_cpu and tensor.is_floating_point() and tensor.layout is torch.strided and key not in self._names:
-            self._contents[(op.event, key, *_flat_layout(tensor))] = float(tensor.sum())
+            layout, total = _content(tensor)
+            self._contents[(op.event, key, *layout)] = total
 
     def _content_differs(self, op: GraphOp, key: int, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is another than when ``op`` saw it, though nothing in PyTorch wrote to it."""
-        layout = _flat_layout(tensor)
-        events = (event for event in reversed(self._users[key]) if event <= op.event)
+        layout, total = _content(tensor)
+        written = max((write.event for write in self._writes.get(key, ()) if write.event <= op.event), default=0)
+        events = (event for event in reversed(self._users[key]) if written <= event <= op.event)
         noted = (self._contents.get((event, key, *layout)) for event in events)
         before = next((number for number in noted if number is not None), math.nan)
-        return not math.isnan(before) and float(tensor.sum()) != before
+        return not math.isnan(before) and total != before
 
     def _check_unmarked(self, args: Sequence[Any], frame: FrameType | None) -> None:
         """An op is recorded on ``args``: is one of them an input that a custom function wrote to, with its history
@@ -613,9 +682,11 @@ class WriteProbe(TorchDispatchMode):
 
 
 def op_name(func: Any) -> str:
-    """``aten::mul_`` of ``torch.ops.aten.mul_.Tensor``."""
+    """``aten::mul_`` of ``torch.ops.aten.mul_.Tensor``, of ``torch.ops.aten.mul_`` and of ``torch.mul_``."""
     schema = getattr(func, "_schema", None)
-    return schema.name if schema is not None else str(func)
+    if schema is not None:
+        return str(schema.name)
+    return str(getattr(func, "_qualified_op_name", f"aten::{getattr(func, '__name__', func)}"))
 
 
 def is_copy_slices(node: Any) -> bool:
@@ -696,9 +767,13 @@ def _layout(tensor: torch.Tensor) -> Layout:
     return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
-def _flat_layout(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The layout in one tuple of numbers, which costs the garbage collector nothing."""
-    return (int(tensor.storage_offset()), *tensor.shape, *tensor.stride())
+def _content(tensor: torch.Tensor) -> tuple[tuple[int, ...], float]:
+    """The elements that a tensor takes of its storage, in one tuple of numbers, which costs the garbage collector
+    nothing, and their sum in the order they lie there: the same for all its transposes."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], tensor.shape[dim]))
+    laid = tensor.permute(order).squeeze() if order else tensor
+    return (int(laid.storage_offset()), *laid.shape, *laid.stride()), float(laid.sum())
 
 
 def _each_once(sites: Iterable[Site | None]) -> tuple[Site, ...]:

@@ -71,8 +71,11 @@ def what(stale: StaleTensor) -> str:
 
 
 def sites_of(stale: StaleTensor) -> tuple[Site, ...]:
-    """Write sites and save site, each once."""
-    return places([*(write.site for write in stale.writes[:3]), stale.save])
+    """The first lines that wrote, each once, and the save site."""
+    lines: dict[tuple[str, int], Site] = {}
+    for site in places(write.site for write in stale.writes):
+        lines.setdefault((site.file, site.line), site)
+    return places([*tuple(lines.values())[:3], stale.save])
 
 
 def data_of(stale: StaleTensor, others: Iterable[StaleTensor] = ()) -> dict[str, Any]:

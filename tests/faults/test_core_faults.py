@@ -44,6 +44,7 @@ CONTAINS = {
     # What this one raises Python ignores.
     "probes/writes-WriteProbe.__del__",
     "probes/writes-WriteProbe.__torch_dispatch__",
+    "probes/writes-WriteProbe.apart",
     "probes/writes-_counting",
     "core/checker-AmpChecker.training_step",
     "core/checker-AmpChecker.watching",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,9 +69,9 @@ def judge(
             # NumPy's writes to parameters and buffers are not looked for: others may share their memory.
             if ".numpy()" in loaded.program.source and {save.key for save in truth.overwritten} <= truth.stored:
                 count("silent, not claimed")
-            elif "AMP402" not in codes:
+            elif not {"AMP402", "AMP407"} & set(codes):
                 count("missed")
-                raise Wrong("wrong gradients, and no AMP402")
+                raise Wrong("wrong gradients, and neither AMP402 nor, of a buffer, AMP407")
         elif codes and not truth.overwritten:
             count("false")
             raise Wrong(f"the gradients are right, and {codes} is told")
@@ -86,7 +87,9 @@ def judge(
         raise Wrong(f"{plain.error}: {codes} told, not one of {expected}")
     finding = named[0]
     # A write past the counter is a write too.
-    past = {line for line, code in enumerate(loaded.program.source.splitlines(), 1) if ".data" in code}
+    aliases = re.findall(r"(\w+) = \w+\.data$", loaded.program.source, re.MULTILINE)
+    uncounted = re.compile(rf"\.data\b|\b(?:{'|'.join(aliases)})\b" if aliases else r"\.data\b")
+    past = {line for line, code in enumerate(loaded.program.source.splitlines(), 1) if uncounted.search(code)}
     if "AMP401" in expected:
         stale = truth.stale
         assert stale is not None, "the oracle has found nothing"
@@ -106,7 +109,8 @@ def judge(
         # Raised where the view is used; the write came before.
         writes = {wrote.line for wrote in truth.wrote if wrote.after != wrote.before}
         told = lines(loaded, finding, "write")
-        if plain.line not in lines(loaded, finding, "call") or not set(told) <= writes | past:
+        used = plain.line is None or plain.line in lines(loaded, finding, "call")
+        if not used or not set(told) <= writes | past:
             count("false")
             raise Wrong(f"used in line {plain.line}, written in one of {sorted(writes)}, told {finding.sites}")
         count("named to the line" if told else "named without the write")
