@@ -164,11 +164,11 @@ def _dtype_facts(kind: str, match: dict[str, str | None], scene: _Scene) -> tupl
     relevant = FLOATING | told if kind == "in-place-dtype" else FLOATING
     operands = [fact for fact, _ in described if fact["dtype"] in relevant]
     missing = (told & FLOATING) - {operand["dtype"] for operand in operands}
-    if operands and missing and kind == "dtype-mismatch":
+    if operands and missing and operation is not None and operation.place.in_torch("nn/modules/rnn.py"):
         operands += own_tensors(within, naming, missing)
     if kind in ("dtype-mismatch", "in-place-dtype") and not told:
         seen = {operand["dtype"] for operand in operands}
-        if operands and (len(seen) < 2 or operation is None):
+        if operands and (len(seen) < 2 or operation is None) and not match.get("promotes"):
             return None, {}
     thread = crossed_thread(found)
     around = [*callers(scene.exc), *found] if thread is None else found[thread:]
@@ -182,6 +182,8 @@ def _dtype_facts(kind: str, match: dict[str, str | None], scene: _Scene) -> tupl
         "thread": thread is not None or _REPLICA.search(_message(scene.exc)) is not None,
         **operator(operation, within),
     }
+    if match.get("promotes"):
+        fields["promotes"] = True
     if fields.get("op") is None and match.get("op"):
         fields["op"] = match["op"]
     if (fields.get("op") or "").endswith("lerp_"):

@@ -152,7 +152,9 @@ DTYPES = (
     _signature(
         "dtype-mismatch",
         _RUNTIME,
-        r"mixed dtype \(CPU\): expect (?:parameter|input) to have scalar type of (?P<b>\w+)"
+        r"mixed dtype \(CPU\): (?:expect (?:parameter|input) to have scalar type of (?P<b>\w+)|all inputs must share)"
+        r"|(?P<promotes>Unexpected floating ScalarType in at::autocast::prioritize)"
+        r"|get_mkldnn_dtype: unsupported data type"
         r"|both inputs should have same dtype"
         r"|(?:dets|input) should have the same type as (?:scores|rois)"
         r"|params, grads, exp_avgs, and exp_avg_sqs must have same dtype"
@@ -219,6 +221,11 @@ DTYPES = (
         r"(?P<op>[\w.]+): Low precision dtypes not supported\. Got (?P<a>Half|BFloat16)",
     ),
     _signature("op-not-implemented", _RUNTIME, r"Unsupported dtype (?P<a>Half|BFloat16)"),
+    _signature(
+        "op-not-implemented",
+        _RUNTIME,
+        r"could not create a primitive descriptor for (?:the|an?) (?P<op>[\w ]+?) (?:forward |backward )?propagation",
+    ),
     _signature("op-not-implemented", _RUNTIME, r"FFT doesn't support tensors of type: (?P<a>Half|BFloat16)"),
     _signature(
         "op-not-implemented",

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.rules._facts import casts_by_policy
-from ampcheck.rules._words import place
+from ampcheck.rules._words import be, place
 from ampcheck.trace import Failure, ModuleCall, Site, StepTrace, Trace
 
 Operand = Mapping[str, Any]
@@ -162,9 +162,9 @@ def _by_death(trace: Trace, failure: Failure) -> Why | None:
     around = left or (list(step.around(call.region)) if call is not None else [])
     acting = next((region for region in around if region.is_for(device)), None)
     if acting is not None:
-        return _unknown_op(failure) if acting.enabled else _disabled(acting.site)
+        return _while_on(failure) if acting.enabled else _disabled(acting.site)
     if call is not None and call.autocast.enabled:
-        return _unknown_op(failure)
+        return _while_on(failure)
     if call is None and step.died_of not in raised:
         return None
     # A region that was entered before the watch began is seen in the calls alone.
@@ -184,7 +184,7 @@ def _by_source(failure: Failure) -> Why | None:
     if acting is not None:
         if acting["enabled"] is False:
             return _disabled(acting["site"])
-        return _unknown_op(failure) if acting["enabled"] else None
+        return _while_on(failure) if acting["enabled"] else None
     if fields.get("opaque_regions"):
         return None
     return _never_entered(device, [one["device_type"] for one in around], around[0]["site"] if around else None)
@@ -198,7 +198,7 @@ def _by_habit(trace: Trace, failure: Failure) -> Why | None:
         return None
     call = calls[0]
     if call.autocast.enabled:
-        return _unknown_op(failure)
+        return _while_on(failure)
     around = list(step.around(call.region))
     off = next((region for region in around if region.is_for(call.autocast.device_type) and not region.enabled), None)
     if off is not None:
@@ -207,11 +207,30 @@ def _by_habit(trace: Trace, failure: Failure) -> Why | None:
     return _never_entered(call.autocast.device_type, devices, around[0].site if around else None)
 
 
-def _unknown_op(failure: Failure) -> Why | None:
-    """Autocast was on: it did not act if it has no rule for the op, and else nobody knows why."""
-    if failure.fields.get("autocast_rule") is not False:
-        return None
-    return Why("op-unknown-to-autocast", f"autocast is on, and has no rule for {failure.fields['op']}")
+def _while_on(failure: Failure) -> Why:
+    """Autocast was on, and did not act all the same."""
+    fields = failure.fields
+    if fields.get("autocast_rule") is False:
+        return Why("op-unknown-to-autocast", f"autocast is on, and has no rule for {fields['op']}")
+    double = [operand for operand in fields.get("operands", ()) if operand["dtype"] == "float64"]
+    if double and not LOW_PRECISION.isdisjoint(fields.get("dtypes", ())):
+        names = _together(operand["name"] for operand in double)
+        return Why("float64-operand", f"autocast is on, and never casts float64, which {names} {be(len(double))}")
+    cast = [operand for operand in fields.get("operands", ()) if operand.get("kind") == "parameter"]
+    if cast and set(fields.get("dtypes", ())) >= LOW_PRECISION:
+        names = _together(operand["name"] for operand in cast)
+        words = (
+            f"autocast keeps its casts until the outermost region ends, and had cast {names} in one of another dtype"
+        )
+        return Why("cached-cast", words, None, "Give all regions one dtype, or this one `cache_enabled=False`.")
+    if fields.get("promotes"):
+        words = "here it takes float32 and its own low precision alone"
+        return Why("promotion-refused", words, None, "Cast to float32 before it, or give all regions one dtype.")
+    return Why("unknown", "autocast was on, and why it did not act could not be told")
+
+
+def _together(names: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(names))
 
 
 def _disabled(site: Site | None) -> Why:
@@ -265,6 +284,11 @@ def cast_fix(failure: Failure, why: Why) -> str:
     casting = _cast_call(low, high)
     if why.reason == "autocast-disabled-here":
         return f"{casting}, or leave the region{place(why.site)} out so that autocast casts for it."
+    if why.reason == "float64-operand":
+        double = [operand["name"] for operand in operands if operand["dtype"] == "float64"]
+        return (
+            "Cast to float32 before it, or where it is made: " + ", ".join(f"`{name}.float()`" for name in double) + "."
+        )
     if why.reason == "autocast-never-entered":
         entered = next((o["dtype"] for o in low if "kind" not in o), "float16")
         return f"Run it inside `with torch.autocast({device!r}, dtype=torch.{entered}):`, or {_lower(casting)}."

@@ -17,7 +17,8 @@ def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
     What it does
         Takes the crash apart: the module, the operation, each operand with dtype, shape and the line or module that
         made it, and the reason why autocast did not act: it was off here, was never entered (or for another device),
-        a parameter is not float32, the policy of a sharded model casts one and not the other, the code is in a custom
+        a parameter is not float32, an operand is float64 (which autocast never casts), a cast of another region's dtype
+        was in autocast's cache, the policy of a sharded model casts one and not the other, the code is in a custom
         `autograd.Function`, the operation writes in place, ran in another thread, or is one autocast has no rule for.
         A reason that cannot be established is called unknown.
 
@@ -48,7 +49,10 @@ def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
     if failure is None or failure.kind != "dtype-mismatch":
         return
     why = why_autocast_did_not_act(trace, failure)
-    message = crash_message(failure, "operands of different dtypes met")
+    what = (
+        "autocast met its other low precision" if failure.fields.get("promotes") else "operands of different dtypes met"
+    )
+    message = crash_message(failure, what)
     yield Evidence(
         f"{message[:-1]}. Autocast did not unify them: {why.words}.",
         module=failure.module,

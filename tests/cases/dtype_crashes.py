@@ -92,6 +92,57 @@ def disabled_out_of_sight(guard: Guard, repaired: int) -> None:
 
 
 @case(
+    "float64-input-under-autocast",
+    "AMP203",
+    module="head",
+    reason="float64-operand",
+    remedies=1,
+    marks={"raise": "raise"},
+    operands={"features": "float64", "head.weight": "float32", "head.bias": "float32"},
+)
+def float64_input_under_autocast(guard: Guard, repaired: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return self.head(features.float() if repaired else features)  # <- raise
+
+    model = Net()
+    with guard(model), torch.autocast("cpu", dtype=BF16):
+        train(model, lambda: model(rows().double()))
+
+
+@case(
+    "weight-cast-for-another-region",
+    "AMP203",
+    module="head",
+    reason="cached-cast",
+    remedies=2,
+    marks={"raise": "raise"},
+    operands={"x": "float32", "head.weight": "float32", "head.bias": "float32"},
+)
+def weight_cast_for_another_region(guard: Guard, repaired: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.head(x)
+            if repaired == 1:
+                with torch.autocast("cpu", dtype=BF16):
+                    return y + self.head(x)
+            with torch.autocast("cpu", dtype=torch.float16, cache_enabled=not repaired):
+                return y + self.head(x)  # <- raise
+
+    model = Net()
+    with guard(model), torch.autocast("cpu", dtype=BF16):
+        train(model, lambda: model(rows()))
+
+
+@case(
     "input-cast-by-hand",
     "AMP203",
     source=("https://github.com/YvanYin/Metric3D/issues/158",),

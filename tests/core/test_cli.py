@@ -243,6 +243,8 @@ def run(tmp_path, monkeypatch, capfd):
     kept = sys.modules["__main__"]
     monkeypatch.setattr(sys, "path", ["/the/first", *sys.path])
     monkeypatch.setattr(sys, "argv", sys.argv)
+    # A process group that another test began has put its own here.
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.chdir(tmp_path)
 
     def run_main(*args, program=None):
