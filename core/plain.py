@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import TracingContext
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -181,10 +182,11 @@ class watch:
         """``hook`` for the process and thread that watch; unable to raise anything but ``FindingsError``."""
 
         def call(*args: Any) -> None:
-            # What Dynamo traces must be the user's program alone.
-            if torch.compiler.is_dynamo_compiling() or (os.getpid(), threading.get_ident()) != self._place:
+            # What Dynamo traces must be the user's program alone; it also calls modules for their shapes only.
+            if torch.compiler.is_dynamo_compiling() or TracingContext.try_get() is not None:
                 return
-            self._safely(hook, *args)
+            if (os.getpid(), threading.get_ident()) == self._place:
+                self._safely(hook, *args)
 
         return call
 

@@ -411,7 +411,9 @@ def test_step_that_is_compiled_as_a_whole(watching, told):
     with watching(None):
         step(digits("train", 2).images)
         optimizer.step()
-    assert told == [
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    # Where Dynamo breaks the graph at `backward`, the call before it is seen from the outside.
+    assert told[-1].endswith("(what runs inside compiled code is not watched)") or told == [
         "ampcheck  nothing was judged: no call of a module that trains was seen; "
         "a training step that is compiled as a whole (`@torch.compile`) shows none"
     ]
