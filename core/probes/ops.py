@@ -16,7 +16,7 @@ from torch.utils._device import DeviceContext
 
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.probes.autocast import autocast_state
-from ampcheck.probes.containment import contained, hide_frame
+from ampcheck.probes.containment import bare, contained, hide_frame
 from ampcheck.probes.modules import ModuleProbe
 from ampcheck.probes.writes import WriteProbe
 from ampcheck.source import calling_site
@@ -45,7 +45,7 @@ _APART = frozenset(
         *("linalg_matrix_norm", "linalg_matrix_rank", "linalg_norm", "linalg_pinv", "linalg_polar", "linalg_svdvals"),
     }
 )
-_APART_IN_BACKWARD = frozenset({"prod", "cumprod", "linalg_lstsq"})
+_APART_IN_BACKWARD = frozenset({"bilinear", "cumprod", "linalg_lstsq", "linalg_vander", "prod"})
 _PYTORCHS_OWN = ("aten.", "prim.", "prims.", "c10d", "_c10d", "fsdp.", "symm_mem.")
 
 
@@ -76,6 +76,8 @@ class OpProbe(TorchFunctionMode):
         self._thread = threading.get_ident()
         self._handles: list[Any] = []
         self._given: tuple[Operand, ...] = ()
+        self._engine: Any = None
+        self._shadow: Any = None
 
     @property
     def calls(self) -> tuple[OpCall, ...]:
@@ -86,6 +88,8 @@ class OpProbe(TorchFunctionMode):
         self._handles = [register_optimizer_step_pre_hook(self._before_step)]
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
         self._put_at_the_bottom()
+        self._engine = _AUTOGRAD._engine_run_backward
+        _AUTOGRAD._engine_run_backward = self._shadow = self._run_backward
         return self
 
     def __exit__(
@@ -93,7 +97,28 @@ class OpProbe(TorchFunctionMode):
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._shadow is not None and _AUTOGRAD._engine_run_backward is self._shadow:
+            _AUTOGRAD._engine_run_backward = self._engine
         _put_on(_taken_off(self))
+
+    def _run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Backward runs below this mode no longer, but what it recomputes must run as the forward pass did."""
+        entered = False
+        try:
+            active = any(mode is self for mode in overrides._get_current_function_mode_stack())
+            if threading.get_ident() == self._thread and not active:
+                self._put_at_the_bottom()
+                entered = True
+        except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
+            self.error = self.error or bare(error)
+        try:
+            return self._engine(*args, **kwargs)
+        except BaseException as error:
+            hide_frame(error)
+            raise
+        finally:
+            if entered:
+                _put_on(_taken_off(self))
 
     def _put_at_the_bottom(self) -> None:
         others = _taken_off(None)
@@ -128,18 +153,20 @@ class OpProbe(TorchFunctionMode):
             raise
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What Dynamo traces must be the user's program alone.
+        if torch.compiler.is_dynamo_compiling():
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", None)
-        if func is _BACKWARD or func is _BCE:
-            self._called(func.__name__, args)
-        elif (
-            name in _APART
-            or name in _APART_IN_BACKWARD
-            or (isinstance(func, _OPS) and not str(func).startswith(_PYTORCHS_OWN))
-        ):
+        extension = isinstance(func, _OPS) and not str(func).startswith(_PYTORCHS_OWN)
+        if extension or name in _APART or name in _APART_IN_BACKWARD:
             output = self._writes.apart(func, args, kwargs)
             if name in _APART_IN_BACKWARD:
                 self._differentiated_apart(output)
             return output
+        if torch._C._current_graph_task_id() != -1:
+            return func(*args, **kwargs)
+        if func is _BACKWARD or func is _BCE:
+            self._called(func.__name__, args)
         elif name in _PROMOTING:
             # An in-place op writes over its first operand: look first.
             self._given = ()
@@ -183,6 +210,7 @@ class OpProbe(TorchFunctionMode):
         return tuple(_operands(values, self._names))
 
 
+_AUTOGRAD: Any = torch.autograd
 _BACKWARD = torch.Tensor.backward
 _BCE = nn.functional.binary_cross_entropy
 _OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from ampcheck.autograd import nodes_behind
-from ampcheck.probes.writes import GraphOp, Overwrite, WriteProbe, is_copy_slices, saved_slots, slot_value
+from ampcheck.probes.writes import GraphOp, Overwrite, WriteProbe, is_copy_slices, op_name, saved_slots, slot_value
 from ampcheck.trace import GraphTrace, StaleTensor
 from ampcheck.walk import dtype_name
 
 _VERSIONS = re.compile(r"is at version (\d+); expected version (\d+)")
+_NODE = re.compile(r"which is output \d+ of (\w+?)(?:Backward\d*)?,")
 _SHAPE = re.compile(r"\[[\w.]+ \[([\d, ]*)\]\]")
 
 
@@ -84,7 +85,8 @@ def _stale_tensor(node: Any, slot: str, raw: Any, message: str, op: GraphOp | No
     identity = next((c for c in candidates if c and c[1] == found and shape in (None, c[2])), None)
     if identity is None and op is not None:
         # A leaf that became part of a graph by the write shows itself to no hook.
-        key, writes = next(iter(_written(probe, op, saved, found).items()), (None, []))
+        written = _written(probe, op, saved, found)
+        key, writes = next(iter(written.items())) if len(written) == 1 else (None, [])
         dtype = dtype_name(writes[0].dtype) if writes else ""
     else:
         key, _, shape, dtype = identity or (None, found, shape, "")
@@ -115,16 +117,19 @@ def _identity(saved: Any, message: str) -> tuple[int, int, tuple[int, ...], str]
 
 def _behind(node: Any, op: GraphOp, message: str, probe: WriteProbe) -> Iterator[tuple[int, StaleTensor]]:
     """What is stale in the node that an in-place op on a view hides: of the storages the op used, those that were
-    written as often since as the message says. Those rank higher that have the shape it says, and then those that were
-    written after the op."""
+    written as often since as the message says. Those rank higher whose op made what the message names, then those of
+    the shape it says, and then those that were written after the op."""
     if not _VERSIONS.search(message):
         return
     saved, found = _versions(message)
     for key, writes in _written(probe, op, saved, found).items():
         dtype = dtype_name(writes[0].dtype)
         stale = probe.told(op, node, None, key, dtype, _shape(message) or (), writes, versions=(saved, found))
-        fits = any(write.event == op.event and write.layout[1] == _shape(message) for write in writes)
-        yield 2 * fits + any(write.event > op.event for write in writes), stale
+        own = [write for write in probe.writes(key, op.event - 1) if write.event == op.event]
+        fits = any(write.layout[1] == _shape(message) for write in own)
+        made = _NODE.search(message)
+        named = made is not None and made[1].lower() == op_name(op.func).rpartition("::")[2].strip("_").replace("_", "")
+        yield 4 * named + 2 * fits + any(write.event > op.event for write in writes), stale
 
 
 def _written(probe: WriteProbe, op: GraphOp, saved: int, found: int) -> dict[int, list[Overwrite]]:

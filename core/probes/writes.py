@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import sys
 import threading
@@ -37,6 +39,8 @@ _inference_mode: Callable[[], bool] = torch.is_inference_mode_enabled
 
 _SEVERAL_VIEWS = frozenset({"aten::split", "aten::split_with_sizes", "aten::unbind"})
 
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+
 Layout = tuple[int, tuple[int, ...], tuple[int, ...]]
 Hooks = Callable[..., Any] | bool
 Compared = tuple["Overwrite", torch.Tensor, torch.Tensor]
@@ -48,7 +52,7 @@ class GraphOp:
     took (the first ``taken``) and returned, ``hooks`` the pack hook under which its tensors were saved (true: one that
     cannot be told)."""
 
-    __slots__ = ("event", "func", "hooks", "keys", "module", "place", "sequence", "taken")
+    __slots__ = ("event", "func", "hooks", "keys", "module", "on_view", "place", "sequence", "taken")
 
     def __init__(self, event: int, sequence: int, func: Any, place: Place, module: str | None, hooks: Hooks) -> None:
         self.event = event
@@ -56,6 +60,7 @@ class GraphOp:
         self.func = func
         self.keys: tuple[int, ...] = ()
         self.taken = 0
+        self.on_view = False
         self.place = place
         self.module = module
         self.hooks = hooks
@@ -96,6 +101,14 @@ class _Known(NamedTuple):
     name: str
     targets: tuple[tuple[int, str], ...]
     counted: bool
+
+
+class _Given(NamedTuple):
+    """An argument of a function that is called apart, as it was before; ``before`` where a write may pass unseen."""
+
+    tensor: torch.Tensor
+    version: int
+    before: torch.Tensor | None
 
 
 class _Derived(NamedTuple):
@@ -173,8 +186,6 @@ class WriteProbe(TorchDispatchMode):
         self._backwards: dict[int, Place] = {}
         self._inference: dict[Place, None] = {}
         self._stepping: _Stepping | None = None
-        self._given: list[tuple[torch.Tensor, int]] = []
-        self._aside = False
         self._handles: list[Any] = []
         self._names: dict[int, tuple[str, bool]] = {}
         _allow_higher_order_ops()
@@ -216,61 +227,110 @@ class WriteProbe(TorchDispatchMode):
 
     def apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that would compute something else below a dispatch mode; it is logged as one op."""
-        self._note_versions((*args, *kwargs.values()))
-        self._step_aside()
+        given: list[_Given] = []
+        aside = False
+        try:
+            if not _tracing():
+                self._note(func, args, kwargs, given)
+                aside = self._step_aside()
+        except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
+            self.error = self.error or bare(error)
         try:
             output = func(*args, **kwargs)
+        except BaseException as error:
+            hide_frame(error)
+            raise
         finally:
-            self._step_back()
-            given, self._given = self._given, []
-        self._ran_apart(func, given, output)
+            if aside:
+                self._step_back()
+        if aside:
+            self._log_apart(func, given, output)
         return output
 
     def apart_in_backward(self, node: Any) -> None:
-        """Let backward pass through ``node`` without this mode, below which its formula would be another."""
-        self._handles += [node.register_prehook(self._step_aside), node.register_hook(self._step_back)]
-
-    def _step_aside(self, *_: Any) -> None:
-        try:
-            depth = torch._C._len_torch_dispatch_stack()
-            if any(torch._C._get_dispatch_stack_at(index) is self for index in range(depth)):
-                self._pop()
-                self._aside = True
-        except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
-            self.error = self.error or bare(error)
-
-    def _step_back(self, *_: Any) -> None:
-        try:
-            if self._aside:
-                self._aside = False
-                self._push()
-        except Exception as error:  # noqa: BLE001
-            self.error = self.error or bare(error)
+        """Let backward pass without this mode, below which formulas would be others, through ``node`` and all that the
+        same call made."""
+        op = self.op_of(node)
+        pending, seen = [node], set()
+        while pending:
+            one = pending.pop()
+            if one is None or one in seen or op is None or self._ops.get(one._sequence_nr()) is not op:
+                continue
+            seen.add(one)
+            pending += [following for following, _ in one.next_functions]
+            asides: list[bool] = []
+            self._handles.append(one.register_prehook(functools.partial(self._enter_node, one, asides)))
+            self._handles.append(one.register_hook(functools.partial(self._leave_node, asides)))
 
     @contained
-    def _note_versions(self, values: Sequence[Any]) -> None:
-        self._given = [(tensor, tensor._version) for tensor in _tensors(values) if not tensor.is_inference()]
+    def _enter_node(self, node: Any, asides: list[bool], *_: Any) -> None:
+        op = self.op_of(node)
+        if op is not None and not op.hooks and not _tracing():
+            with _alone(), contextlib.suppress(RuntimeError):
+                self._check_use([slot_value(node, slot) for slot, _ in saved_slots(node)], node)
+        asides.append(self._step_aside())
 
     @contained
-    def _ran_apart(self, func: Any, given: Sequence[tuple[torch.Tensor, int]], output: Any) -> None:
+    def _leave_node(self, asides: list[bool], *_: Any) -> None:
+        if asides and asides.pop():
+            self._step_back()
+
+    def _step_aside(self) -> bool:
+        depth = torch._C._len_torch_dispatch_stack()
+        active = any(torch._C._get_dispatch_stack_at(index) is self for index in range(depth))
+        if active:
+            self._pop()
+        return active
+
+    @contained
+    def _step_back(self) -> None:
+        self._push()
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[_Given]) -> None:
+        overloads: Sequence[str] = func.overloads() if isinstance(func, torch._ops.OpOverloadPacket) else ()
+        targets = _write_targets(getattr(func, overloads[0]) if len(overloads) == 1 else func)
+        written = (args[position] if position < len(args) else kwargs.get(name) for position, name in targets)
+        with _alone():
+            told = {id(tensor) for tensor in _tensors(tuple(written))}
+            for tensor in _tensors((*args, *kwargs.values())):
+                if type(tensor) not in _PLAIN or tensor.is_inference():
+                    continue
+                unseen = id(tensor) in told and _key(tensor) in self._users and self._may_pass(tensor)
+                given.append(_Given(tensor, tensor._version, tensor.detach().clone() if unseen else None))
+
+    def _may_pass(self, target: torch.Tensor) -> bool:
+        """Whether PyTorch's check may not see a write to ``target``."""
+        return not target.requires_grad or self._hooked
+
+    @contained
+    def _log_apart(self, func: Any, given: list[_Given], output: Any) -> None:
         frame = sys._getframe(3)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            tensors = [tensor for tensor, _ in given]
+        values = output if isinstance(output, (tuple, list)) else (output,)
+        with _alone():
+            tensors = [one.tensor for one in given]
+            outputs = [tensor for tensor in _tensors(values) if type(tensor) in _PLAIN]
             known = _Known(op_name(func), (), True)
+            place = self._places.find(frame)
+            if _graph_task() == -1 and _inference_mode():
+                self._inference.pop(place, None)
+                self._inference[place] = None
             op = self._graph_op(func, known, tensors, frame)
             if op is not None:
                 self._used(op, tensors)
                 op.taken = len(op.keys)
-                self._used(op, output if isinstance(output, (tuple, list)) else (output,), produced=True)
+                self._used(op, outputs, produced=True)
+            elif _graph_task() == -1:
+                self._derive(func, tensors, outputs, frame)
             self._event += op is None
-            for tensor, version in given:
+            for tensor, version, before in given:
                 key = _key(tensor)
-                if tensor._version == version or key not in self._users:
+                changed = None if before is None else not _same(before, tensor)
+                if key not in self._users or (tensor._version == version and not changed):
                     continue
-                write = Overwrite(self._event, known.name, self._places.find(frame), self._current_module(), tensor)
-                write.version, write.after = version, tensor._version
+                write = Overwrite(self._event, known.name, place, self._current_module(), tensor)
+                write.version, write.after, write.changed = version, tensor._version, changed
                 self._writes.setdefault(key, []).append(write)
-                if not tensor.requires_grad or self._hooked:
+                if self._may_pass(tensor):
                     self._suspects.add(key)
 
     @contained
@@ -443,8 +503,8 @@ class WriteProbe(TorchDispatchMode):
         self._sequences[thread] = sequence
         made = self._latest.get(thread)
         recorded = not _grad_enabled() or any(tensor.requires_grad for tensor in _tensors(args))
-        if made is not None and not recorded and not _active_hooks():
-            # An op on what needs no gradient makes no node: an in-place op on a view made these, after its own.
+        if made is not None and made.on_view and not recorded and not _active_hooks():
+            # An op on what needs no gradient makes no node: the in-place op on a view made these, after its own.
             self._ops.update(dict.fromkeys(range(last, sequence), made))
             return None
         self._event += 1
@@ -481,14 +541,16 @@ class WriteProbe(TorchDispatchMode):
                 if place.writer == "parameter-gather":
                     # The memory was given back after forward: what is gathered into it again is what was there.
                     return ()
+                if op is not None and target._is_view():
+                    op.on_view = True
                 write = Overwrite(self._event, known.name, place, self._current_module(), target)
                 self._writes.setdefault(key, []).append(write)
                 if place.caller is not None and not _grad_enabled():
                     base = target if target._base is None else target._base
                     if base.grad_fn is not None:
                         self._unmarked.append((weakref.ref(base), base.grad_fn._sequence_nr(), write))
-                if not target.requires_grad or self._hooked:
-                    # PyTorch's check may not see this one. A write without effect is no fault: see what it does.
+                if self._may_pass(target):
+                    # A write without effect is no fault: see what it does.
                     self._suspects.add(key)
                     if op is None:
                         compared.append((write, target, target.detach().clone()))
@@ -503,7 +565,7 @@ class WriteProbe(TorchDispatchMode):
         for write, target, before in compared:
             write.changed = not _same(before, target)
         if op is None and _graph_task() == -1:
-            self._derive(func, args, outputs)
+            self._derive(func, args, outputs, sys._getframe(2))
 
     def _used(self, op: GraphOp, values: Sequence[Any], *, produced: bool = False) -> None:
         for tensor in _tensors(values):
@@ -527,8 +589,9 @@ class WriteProbe(TorchDispatchMode):
             storage: Any = tensor.untyped_storage()
             self._pinned[key] = storage._weak_ref()
 
-    def _check_use(self, args: Sequence[Any]) -> None:
-        """Backward reads ``args``: is one of them a saved tensor whose content is no longer what was saved?"""
+    def _check_use(self, args: Sequence[Any], node: Any = None) -> None:
+        """Backward reads ``args`` (in ``node``, or in the one that runs): is one of them a saved tensor whose content
+        is no longer what was saved?"""
         for tensor in _tensors(args):
             key = _key(tensor)
             if key not in self._users:
@@ -536,7 +599,7 @@ class WriteProbe(TorchDispatchMode):
             shared = key in self._shared
             if not (shared or key in self._suspects or self._foreign_hooks):
                 continue
-            node = _current_node()
+            node = node or _current_node()
             op = self.op_of(node) if node is not None else None
             if op is None:
                 continue
@@ -599,10 +662,10 @@ class WriteProbe(TorchDispatchMode):
                         function, None, dtype, shape, save=use, writes=writes, silent="unmarked"
                     )
 
-    def _derive(self, func: Any, args: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def _derive(self, func: Any, args: Sequence[Any], outputs: Sequence[Any], frame: FrameType | None) -> None:
         sources = tuple(key for tensor in _tensors(args) if (key := _key(tensor)) is not None)
         cut = any(tensor.requires_grad for tensor in _tensors(args))
-        place = self._places.find(sys._getframe(3))
+        place = self._places.find(frame)
         for tensor in _tensors(outputs):
             key = _key(tensor)
             if key is not None and (key not in sources or key not in self._derived or cut):
@@ -889,6 +952,17 @@ def _take_modes_above(mode: TorchDispatchMode | None) -> list[Any]:
 def _put_modes(modes: list[Any]) -> None:
     for mode in modes:
         torch._C._push_on_torch_dispatch_stack(mode)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Look at tensors above the dispatcher, unseen by the modes of anybody and by autograd."""
+    modes = _take_modes_above(None)
+    try:
+        with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowAutograd():
+            yield
+    finally:
+        _put_modes(modes)
 
 
 def _tracing() -> bool:

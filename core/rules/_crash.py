@@ -213,18 +213,19 @@ def _while_on(failure: Failure) -> Why:
     if fields.get("autocast_rule") is False:
         return Why("op-unknown-to-autocast", f"autocast is on, and has no rule for {fields['op']}")
     double = [operand for operand in fields.get("operands", ()) if operand["dtype"] == "float64"]
-    if double and not LOW_PRECISION.isdisjoint(fields.get("dtypes", ())):
+    if double and "float64" in fields.get("dtypes", ()):
         names = _together(operand["name"] for operand in double)
         return Why("float64-operand", f"autocast is on, and never casts float64, which {names} {be(len(double))}")
     cast = [operand for operand in fields.get("operands", ()) if operand.get("kind") == "parameter"]
     if cast and set(fields.get("dtypes", ())) >= LOW_PRECISION:
         names = _together(operand["name"] for operand in cast)
         words = (
-            f"autocast keeps its casts until the outermost region ends, and had cast {names} in one of another dtype"
+            f"autocast keeps its casts until the outermost region ends, and had made one of {names} in another dtype"
         )
         return Why("cached-cast", words, None, "Give all regions one dtype, or this one `cache_enabled=False`.")
     if fields.get("promotes"):
-        words = "here it takes float32 and its own low precision alone"
+        low = sorted({operand["dtype"] for operand in fields.get("operands", ()) if operand["dtype"] in LOW_PRECISION})
+        words = f"it refuses {' or '.join(low) or 'a dtype that is not its own'} here"
         return Why("promotion-refused", words, None, "Cast to float32 before it, or give all regions one dtype.")
     return Why("unknown", "autocast was on, and why it did not act could not be told")
 

@@ -39,6 +39,7 @@ CONTAINS = {
     "probes/containment-hide_frame",
     "probes/ops-OpProbe.__torch_function__",
     "probes/ops-OpProbe._run",
+    "probes/ops-OpProbe._run_backward",
     "probes/scaler-ScalerProbe._clipping.clip",
     "probes/scaler-ScalerProbe._wrapped.call",
     # What this one raises Python ignores.

@@ -44,7 +44,7 @@ BINARY = (
     *("F.scaled_dot_product_attention({0}[None], {1}[None], {0}[None])[0]", "torch.where({0} > 0, {0}, {1})"),
     *("torch.lerp({}, {}, 0.5)", "torch.outer({}[0], {}[0])", "torch.mv({}, {}[0]).expand(4, 4)"),
     *("torch.dot({}[0], {}[0]).expand(4, 4)", "F.mse_loss({}, {}, reduction='none')", "F.linear({0}, {0}, {1}[0])"),
-    *("F.binary_cross_entropy({}.sigmoid(), {}.sigmoid(), reduction='none')", "torch.baddbmm({0}[None], {0}[None], "),
+    "F.binary_cross_entropy({}.sigmoid(), {}.sigmoid(), reduction='none')",
     *("F.cross_entropy({}, {}.softmax(-1))[None].expand(4, 4)", "F.conv1d({}[None], {}[:, :, None])[0]"),
     *("F.grid_sample({}[None, None], {}[None, :, :, None].tanh().expand(1, 4, 4, 2))[0, 0]", "Product.apply({}, {})"),
     *("torch.bmm({}[None], {}[None])[0]", "torch.tensordot({}, {}, 1)", "torch.chain_matmul({}, {})"),
@@ -72,7 +72,6 @@ WRITES = (
         ".lerp_({1}, 0.5)",
     ),
 )
-BINARY = tuple(template for template in BINARY if not template.endswith(", "))
 REGIONS = (None, "dtype=torch.bfloat16", "dtype=torch.float16")
 
 

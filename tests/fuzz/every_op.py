@@ -23,7 +23,7 @@ from ampcheck import AmpChecker
 
 # Uninitialised memory; and what a Python function of PyTorch hides from the probe, in the last bit of a gradient.
 UNSTABLE = ("empty", "new_empty", "empty_like", "empty_strided", "empty_permuted", "new_empty_strided")
-KNOWN = ("masked.prod", "masked.cumprod", "linalg.vander")
+KNOWN = ("masked.prod", "masked.cumprod")
 OPS = [op for op in op_db if op.name not in (*UNSTABLE, *KNOWN) and torch.float32 in op.supported_dtypes("cpu")]
 
 
@@ -34,9 +34,9 @@ def call(op: Any, sample: Any, *, watched: bool) -> tuple[list[Tensor | None], s
     checker = AmpChecker(report=False)
     checker.attach(nn.Linear(1, 1), emit=lambda _: None)
     try:
-        with checker.training_step() if watched else contextlib.nullcontext():
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                result = op(sample.input, *sample.args, **sample.kwargs)
+        step = checker.training_step() if watched else contextlib.nullcontext()
+        with step, torch.autocast("cpu", dtype=torch.bfloat16):
+            result = op(sample.input, *sample.args, **sample.kwargs)
             outputs = [output for output in tree_leaves(result) if isinstance(output, Tensor)]
             roots = [output.abs().sum() for output in outputs if output.requires_grad]
             gradients = torch.autograd.grad(roots, leaves, allow_unused=True) if roots and leaves else ()
@@ -44,6 +44,8 @@ def call(op: Any, sample: Any, *, watched: bool) -> tuple[list[Tensor | None], s
         return [], f"{type(error).__name__}: {error}"
     finally:
         checker.detach()
+        if any(finding.code == "AMP900" for finding in checker.report.findings):
+            raise RuntimeError(f"AMP900 at {op.formatted_name}")
     return [*(output.detach() for output in outputs), *gradients], None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def assert_reason(reason: str, loaded: Loaded, plain: Outcome, called: Called) -
     elif reason in ("op-unknown-to-autocast", "float64-operand", "cached-cast", "promotion-refused"):
         assert called.enabled
         assert reason != "float64-operand" or "float64" in called.dtypes
-        assert reason != "cached-cast" or loaded.program.region
+        assert reason != "cached-cast" or {"torch.bfloat16", "torch.float16"} <= set(
+            re.findall(r"torch\.b?float16", f"{loaded.program.source} {loaded.program.region}")
+        )
     elif reason == "parameter-not-float32":
         assert {"float16", "bfloat16"} & set(loaded.program.dtypes.values())
     elif reason == "custom-function":
