@@ -99,14 +99,15 @@ class OpProbe(TorchFunctionMode):
             handle.remove()
         if self._shadow is not None and _AUTOGRAD._engine_run_backward is self._shadow:
             _AUTOGRAD._engine_run_backward = self._engine
+        self._shadow = None
         _put_on(_taken_off(self))
 
     def _run_backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Backward runs below this mode no longer, but what it recomputes must run as the forward pass did."""
+        """Backward leaves function modes behind, but what it recomputes must run as the forward pass did."""
         entered = False
         try:
             active = any(mode is self for mode in overrides._get_current_function_mode_stack())
-            if threading.get_ident() == self._thread and not active:
+            if self._shadow is not None and threading.get_ident() == self._thread and not active:
                 self._put_at_the_bottom()
                 entered = True
         except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
