@@ -43,9 +43,17 @@ _APART = frozenset(
     {
         *("bilinear", "linear_cross_entropy", "norm", "nuclear_norm", "linalg_cond", "linalg_eigvalsh", "linalg_lstsq"),
         *("linalg_matrix_norm", "linalg_matrix_rank", "linalg_norm", "linalg_pinv", "linalg_polar", "linalg_svdvals"),
+        *("linalg_vander", "max_pool1d"),
     }
 )
-_APART_IN_BACKWARD = frozenset({"bilinear", "cumprod", "linalg_lstsq", "linalg_vander", "prod"})
+# The same of their gradients, be it in the memory layout alone.
+_APART_IN_BACKWARD = frozenset(
+    {
+        *("bilinear", "clamp", "clamp_max", "clamp_min", "clip", "cumprod", "fmax", "fmin", "linalg_lstsq"),
+        *("linalg_householder_product", "linalg_vander", "masked_select", "max", "maximum", "median", "min", "minimum"),
+        *("nanmedian", "ormqr", "prod"),
+    }
+)
 _PYTORCHS_OWN = ("aten.", "prim.", "prims.", "c10d", "_c10d", "fsdp.", "symm_mem.")
 
 
@@ -158,25 +166,22 @@ class OpProbe(TorchFunctionMode):
         if torch.compiler.is_dynamo_compiling():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", None)
-        extension = isinstance(func, _OPS) and not str(func).startswith(_PYTORCHS_OWN)
-        if extension or name in _APART or name in _APART_IN_BACKWARD:
+        if name in _APART or (isinstance(func, _OPS) and not str(func).startswith(_PYTORCHS_OWN)):
             output = self._writes.apart(func, args, kwargs)
-            if name in _APART_IN_BACKWARD:
-                self._differentiated_apart(output)
-            return output
-        if torch._C._current_graph_task_id() != -1:
-            return func(*args, **kwargs)
-        if func is _BACKWARD or func is _BCE:
-            self._called(func.__name__, args)
-        elif name in _PROMOTING:
+        elif name in _PROMOTING and torch._C._current_graph_task_id() == -1:
             # An in-place op writes over its first operand: look first.
             self._given = ()
             self._look((*args, *kwargs.values()))
             operands = self._given
             output = func(*args, **kwargs)
             self._promoted(_PROMOTING[name], operands, output)
-            return output
-        return func(*args, **kwargs)
+        else:
+            if func is _BACKWARD or func is _BCE:
+                self._called(func.__name__, args)
+            output = func(*args, **kwargs)
+        if name in _APART_IN_BACKWARD:
+            self._differentiated_apart(output)
+        return output
 
     @contained
     def _differentiated_apart(self, output: Any) -> None:
