@@ -312,8 +312,7 @@ class WriteProbe(TorchDispatchMode):
             known = _Known(op_name(func), (), True)
             place = self._places.find(frame)
             if _graph_task() == -1 and _inference_mode():
-                self._inference.pop(place, None)
-                self._inference[place] = None
+                self._note_inference(place)
             op = self._graph_op(func, known, tensors, frame)
             if op is not None:
                 self._used(op, tensors)
@@ -456,9 +455,7 @@ class WriteProbe(TorchDispatchMode):
             if not _grad_enabled() and (self._suspects or self._shared or self._foreign_hooks):
                 self._check_use(args)
         elif _inference_mode():
-            place = self._places.find(frame)
-            self._inference.pop(place, None)
-            self._inference[place] = None
+            self._note_inference(self._places.find(frame))
         op = self._graph_op(func, known, args, frame)
         if op is not None:
             self._used(op, args)
@@ -467,6 +464,11 @@ class WriteProbe(TorchDispatchMode):
         if op is None and not compared and task != -1:
             return None
         return op, compared
+
+    def _note_inference(self, place: Place) -> None:
+        """A call under ``inference_mode``, as the latest."""
+        self._inference.pop(place, None)
+        self._inference[place] = None
 
     def _began(self, task: int, frame: FrameType | None) -> None:
         """A backward pass begins: what of the memory that ops used does something outside PyTorch share by now?"""

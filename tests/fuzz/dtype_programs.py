@@ -7,7 +7,6 @@ autocast was on.
 
 from __future__ import annotations
 
-import itertools
 import linecache
 import re
 from collections.abc import Iterator
@@ -18,12 +17,11 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from loading import line_of, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-
-_NUMBER = itertools.count()
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 CASTS = ("{}.float()", "{}.half()", "{}.bfloat16()", "{}.double()", "{}.to(x.dtype)", "{}.type_as(w)")
@@ -113,11 +111,7 @@ class Program:
         return Program(plain, dict.fromkeys(self.dtypes, "float32"), None)
 
     def load(self, folder: Path) -> Loaded:
-        path = folder / f"dtypes{next(_NUMBER)}.py"
-        path.write_text(self.source + "\n")
-        names: dict[str, Any] = {"torch": torch, "F": F, "Product": Product}
-        exec(compile(self.source, str(path), "exec"), names)
-        return Loaded(self, str(path), names["forward"])
+        return Loaded(self, *load(self.source, folder, {"torch": torch, "F": F, "Product": Product}))
 
 
 @st.composite
@@ -228,9 +222,8 @@ class Loaded:
             loss.backward()
 
     def outcome(self, net: Net, error: Exception | None) -> Outcome:
-        lines = [line for file, line in _lines(error) if file == self.path] if error is not None else []
         state = [tensor for parameter in net.parameters() for tensor in (parameter.detach(), parameter.grad)]
-        return Outcome(error, lines[-1] if lines else None, state)
+        return Outcome(error, line_of(error, self.path), state)
 
     def run(self) -> Outcome:
         net = self.net()
@@ -270,10 +263,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
-
-
-def _lines(error: Exception) -> Iterator[tuple[str, int]]:
-    traceback = error.__traceback__
-    while traceback is not None:
-        yield traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
-        traceback = traceback.tb_next

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from operator import eq
@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from loading import line_of, load
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-_NUMBER = itertools.count()
 
 UNARY = (
     *("{}.exp()", "{}.sigmoid()", "{}.tanh()", "{}.relu()", "{}.softmax(-1)", "{}.sin()", "{}.square()", "{}.abs()"),
@@ -130,11 +129,7 @@ class Program:
         )
 
     def load(self, folder: Path) -> Loaded:
-        path = folder / f"program{next(_NUMBER)}.py"
-        path.write_text(self.source + "\n")
-        names: dict[str, Any] = {"torch": torch, "F": F, "Square": Square}
-        exec(compile(self.source, str(path), "exec"), names)
-        return Loaded(self, str(path), names["forward"])
+        return Loaded(self, *load(self.source, folder, {"torch": torch, "F": F, "Square": Square}))
 
 
 @st.composite
@@ -319,10 +314,8 @@ class Loaded:
         return self.outcome(net, error)
 
     def outcome(self, net: Net, error: Exception | None) -> Outcome:
-        lines = [n for file, n in _lines(error) if file == self.path] if error is not None else []
-        return Outcome(
-            error, lines[-1] if lines else None, [p.grad for p in net.parameters()], [*net.parameters(), net.b]
-        )
+        gradients = [parameter.grad for parameter in net.parameters()]
+        return Outcome(error, line_of(error, self.path), gradients, [*net.parameters(), net.b])
 
     def truth(self) -> Truth:
         """The same run with a copy of each saved tensor."""
@@ -395,13 +388,6 @@ class Loaded:
 
     def close(self) -> None:
         linecache.cache.pop(self.path, None)
-
-
-def _lines(error: Exception) -> Iterator[tuple[str, int]]:
-    traceback = error.__traceback__
-    while traceback is not None:
-        yield traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
-        traceback = traceback.tb_next
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
