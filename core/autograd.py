@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+_AUTOGRAD: Any = torch._C._autograd
+
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts, in order."""
-    pending = [value]
+    """The tensors in nested lists, tuples and dicts, in order. A container is entered once: it may hold itself."""
+    pending, entered = [value], dict[int, Any]()
     while pending:
         value = pending.pop()
         if isinstance(value, torch.Tensor):
             yield value
-        elif isinstance(value, dict):
-            pending += reversed(value.values())
-        elif isinstance(value, (list, tuple)):
-            pending += reversed(value)
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in entered:
+            entered[id(value)] = value
+            pending += reversed(value.values() if isinstance(value, dict) else value)
 
 
 def nodes_behind(values: Any, most: int | None = None) -> Iterator[Any]:
@@ -34,8 +35,63 @@ def nodes_behind(values: Any, most: int | None = None) -> Iterator[Any]:
             pending.extend(following for following, _ in node.next_functions)
 
 
+def graph_behind(values: Any) -> list[Any]:
+    """All nodes of the graph behind the tensors in ``values``, in no order: where there are many, this is quicker."""
+    pending = [tensor.grad_fn for tensor in tensors_in(values)]
+    seen = set[Any]()
+    nodes: list[Any] = []
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.append(node)
+            for following, _ in node.next_functions:
+                pending.append(following)
+    return nodes
+
+
 def leaves_behind(values: Any) -> Iterator[torch.Tensor]:
     """The tensors that a backward pass from the tensors in ``values`` gives gradients to."""
-    for node in nodes_behind(values):
-        if isinstance(variable := getattr(node, "variable", None), torch.Tensor):
-            yield variable
+    for node in graph_behind(values):
+        if type(node).__name__ == "AccumulateGrad" and isinstance(node.variable, torch.Tensor):
+            yield node.variable
+
+
+def saved_slots(node: Any) -> Iterator[tuple[str, Any]]:
+    """The slots of a node by name, each with what PyTorch saved there: a ``SavedTensor`` or several."""
+    kind = type(node)
+    names = _SLOTS.get(kind)
+    if names is None:
+        names = _SLOTS[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    for name in names:
+        try:
+            saved = getattr(node, name)
+        except RuntimeError:  # the node of a custom function that backward went through holds nothing any more
+            continue
+        yield name.removeprefix("_raw_saved_"), saved
+
+
+_SLOTS: dict[type, tuple[str, ...]] = {}
+
+
+def slot_value(node: Any, slot: str) -> Any:
+    """What a slot holds: a tensor, or several. Raises PyTorch's own errors for a stale or a freed one."""
+    # The nodes of custom functions spell it without the underscore.
+    return node.saved_tensors if slot == "tensors" else getattr(node, f"_saved_{slot}")
+
+
+def active_hooks() -> Callable[..., Any] | bool:
+    """The innermost pack hook for saved tensors; false where there is none."""
+    if hasattr(_AUTOGRAD, "_top_saved_tensors_default_hooks"):
+        top = _AUTOGRAD._top_saved_tensors_default_hooks(True)
+        return top[0] if top else False
+    if not _AUTOGRAD._saved_tensors_hooks_is_enabled():
+        return False
+    try:
+        # This PyTorch does not tell which, but refuses to disable hooks while some are active.
+        _AUTOGRAD._saved_tensors_hooks_disable("")
+    except RuntimeError:
+        return True
+    finally:
+        _AUTOGRAD._saved_tensors_hooks_enable()
+    return False

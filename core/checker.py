@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from traceback import walk_stack
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +21,24 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from ampcheck.failure import examine
+from ampcheck.failure import OF_THE_GRAPH, examine
 from ampcheck.precision import Precision
+from ampcheck.printable import shown
 from ampcheck.probes.autocast import AutocastProbe
-from ampcheck.probes.containment import hide_frames
+from ampcheck.probes.containment import bare, hide_frames
+from ampcheck.probes.modes import alone
 from ampcheck.ranks import gather, merged_findings, rank
 from ampcheck.replay import replay
 from ampcheck.report import Report
 from ampcheck.report.text import NAME, fit_line, not_judged_line, render_finding, step_line
+from ampcheck.rerun import of_frame, of_traceback
 from ampcheck.rule import Finding, Severity, told
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.selection import judge, reaching, selected, threshold
 from ampcheck.step import WatchedStep, merged
 from ampcheck.trace import Failure, GraphTrace, Host, Phase, StepTrace, Trace
 from ampcheck.walk import (
+    anything_compiled,
     environment,
     examine_optimizer,
     examine_scaler,
@@ -45,8 +52,11 @@ REPORT_NAME = "ampcheck.json"
 _NOTE_HEAD = f"{NAME}: what is known of this failure"
 _DIAGNOSED = "_ampcheck_diagnosed"
 _NOTHING = contextlib.nullcontext()
+# Ever more of the program around a failing line is run again, and each run is one like the step's.
+_MOST_RERUNS = 3
 
 Emit = Callable[[str], None]
+FindBatch = Callable[[Iterable[FrameType]], Callable[[], object] | None]
 
 
 class FindingsError(Exception):
@@ -66,6 +76,13 @@ class Seen(NamedTuple):
     step: StepTrace | None
     graph: GraphTrace | None
 
+    def explains(self, kind: str | None) -> bool:
+        """Whether the cause of such a failure is among what was seen."""
+        graph = self.graph or GraphTrace()
+        if kind == "saved-tensor-modified":
+            return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
+        return bool(graph.cut) if kind == "no-graph" else True
+
     def added_to(self, trace: Trace) -> Trace:
         if self.graph is not None:
             trace = replace(trace, graph=self.graph)
@@ -74,13 +91,23 @@ class Seen(NamedTuple):
         return replace(trace, training=self.step) if self.phase == "training" else replace(trace, evaluation=self.step)
 
 
+def _codes(option: str, codes: Any) -> str | tuple[str, ...]:
+    if isinstance(codes, str):
+        return codes
+    listed = tuple(codes) if isinstance(codes, Iterable) else (codes,)
+    if not all(isinstance(code, str) for code in listed):
+        raise TypeError(f"{option} takes rule codes as strings, not {codes!r}")
+    return listed
+
+
 class AmpChecker:
     """Checks one training run.
 
     ``select`` and ``ignore`` take rule codes or their beginnings; ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) raises ``FindingsError`` out of ``attach`` and of the watched step; ``watch_steps`` training steps
     are watched; ``report`` is the path of the JSON report, true for ``ampcheck.json`` in the directory that the host
-    names, or false for none. Raises ``ValueError`` for options that mean nothing.
+    names, or false for none. Raises ``ValueError`` for options that mean nothing, ``TypeError`` for one of another
+    type.
 
     But for ``FindingsError``, no method raises: a fault of AmpCheck's own becomes one warning, and the checker
     switches itself off.
@@ -97,7 +124,9 @@ class AmpChecker:
     ) -> None:
         if isinstance(watch_steps, bool) or not isinstance(watch_steps, int) or watch_steps < 0:
             raise ValueError(f"watch_steps must be a number of steps, 0 or more, not {watch_steps!r}")
-        select, ignore = (codes if isinstance(codes, str) else tuple(codes) for codes in (select, ignore))
+        if not isinstance(report, (bool, str, os.PathLike)):
+            raise TypeError(f"report must be a path, true or false, not {type(report).__name__}")
+        select, ignore = _codes("select", select), _codes("ignore", ignore)
         self._options: dict[str, Any] = {"select": select, "ignore": ignore, "fail_on": fail_on}
         self._options |= {"watch_steps": watch_steps, "report": report}
         self._rules = selected(select, ignore)
@@ -171,18 +200,19 @@ class AmpChecker:
             self._emit, self._directory = emit, Path(directory) if directory is not None else None
             self._entry, self._model = model, unwrapped(model)
             self._optimizers, self._scaler = list(optimizers), scaler
-            info = replace(walk(self._model), compiled=is_compiled(model))
-            scaling = scaler is not None and scaler.is_enabled()
-            self._trace = replace(
-                self._trace,
-                precision=precision_by_policy(info, precision or Precision(), scaling),
-                environment=environment(),
-                host=host,
-                model=info,
-                optimizers=tuple(examine_optimizer(optimizer, self._model) for optimizer in self._optimizers),
-                scaler=examine_scaler(scaler) if scaler is not None else None,
-                averaged=walk(averaged) if averaged is not None else None,
-            )
+            with alone():
+                info = replace(walk(self._model), compiled=is_compiled(model))
+                scaling = scaler is not None and scaler.is_enabled()
+                self._trace = replace(
+                    self._trace,
+                    precision=precision_by_policy(info, precision or Precision(), scaling),
+                    environment=environment(),
+                    host=host,
+                    model=info,
+                    optimizers=tuple(examine_optimizer(optimizer, self._model) for optimizer in self._optimizers),
+                    scaler=examine_scaler(scaler) if scaler is not None else None,
+                    averaged=walk(averaged) if averaged is not None else None,
+                )
             if not again:
                 self._expect(info.device_type)
             self._judge("fit start", lambda findings: fit_line(self._trace, findings), quiet=again)
@@ -205,14 +235,18 @@ class AmpChecker:
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
-    def training_step(self, autocast: AutocastProbe | None = None) -> AbstractContextManager[object]:
+    def training_step(
+        self, autocast: AutocastProbe | None = None, *, batch: FindBatch | None = None
+    ) -> AbstractContextManager[object]:
         """Probes around a training step while steps are left to watch, else nothing.
 
         Exceptions of the body pass through. Leaving it need not nest with other ``with`` blocks, but must happen in
         the thread that entered. Raises ``FindingsError`` where the watched step ends. ``autocast`` is a probe that
-        has been active for longer than the step, and so knows the regions around it.
+        has been active for longer than the step, and so knows the regions around it. ``batch`` is called
+        where backward may have used a tensor that was overwritten unseen, with the frames that run it, innermost first:
+        it returns the ``batch`` of ``diagnose`` for this step, or ``None``.
         """
-        return self._step("training", None, autocast) if self._training_left > 0 else _NOTHING
+        return self._step("training", None, autocast, batch) if self._training_left > 0 else _NOTHING
 
     def evaluation_step(
         self, model: nn.Module | None = None, autocast: AutocastProbe | None = None
@@ -228,15 +262,14 @@ class AmpChecker:
         phase: str = "training_step",
         step: int | None = None,
         batch: Callable[[], object] | None = None,
-        again: str | None = None,
     ) -> None:
         """Attach what is known of ``error`` to it as a note. The caller raises it on, by a bare ``raise``.
 
         ``batch`` computes the loss of the failing batch once more, as the host does, on the module without its
         wrappers, and returns it. It is called, with everything put back afterwards, for a failure of a training step
-        whose graph was not watched. Where nothing can be replayed, ``again`` is what the user says to watch the
-        failing step: a command or a call. An exception is diagnosed once, and one that has nothing to do with
-        precision or autograd gets no note.
+        whose lines are not known. Without it, and outside of a host, the statements of the loop that failed are run
+        again in its place. An exception is diagnosed once, and one that has nothing to do with precision or autograd
+        gets no note.
         """
         try:
             if self._off or not isinstance(error, Exception) or isinstance(error, FindingsError):
@@ -247,53 +280,87 @@ class AmpChecker:
                 setattr(error, _DIAGNOSED, True)
             if sys.version_info < (3, 11):
                 hide_frames(error)
-            failure = examine(error, model=self._model, phase=phase, step=step)
+            with torch._C.DisableTorchFunction():
+                failure = examine(error, model=self._model, phase=phase, step=step)
             if "internal_error" in failure.fields:
                 self.switch_off(RuntimeError(f"{failure.fields['internal_error']}, while a failure was examined"))
                 return
             trace = replace(self._trace, failure=failure)
             # A step that died is no watched step, but what it showed explains the failure.
-            watched = [self._died, *(Seen(step.phase, step.trace(), step.graph(error)) for step in self._open)]
+            watched = [self._died, *(Seen(step.phase, step.trace(), step.graph()) for step in self._open)]
             seen = [one for one in watched if one is not None]
-            # Beside compiled code a watched step has no graph to show.
-            known = any(one.graph is not None for one in seen)
-            if not known and batch is not None and failure.kind and failure.phase in ("forward", "backward"):
-                seen += self._replay(error, batch)
+            unexplained = failure.kind in OF_THE_GRAPH or (failure.kind is not None and not seen)
+            fault: Exception | None = None
+            if unexplained and failure.phase in ("forward", "backward"):
+                try:
+                    seen += self._replay(error, failure.kind, [batch] if batch is not None else self._reruns(error))
+                except Exception as own:  # noqa: BLE001 - what is known without a replay is told first
+                    fault = bare(own)
             for one in seen:
                 trace = one.added_to(trace)
             self._died = None
-            if seen or self._model is None:
-                again = None
-            elif again is not None:
-                unseen = "the failing step was not among the watched ones"
-                trace = replace(trace, unobserved={**trace.unobserved, "graph": unseen})
-            self._tell_failure(error, failure, trace, again)
+            self._tell_failure(error, failure, trace)
+            if fault is not None:
+                self.switch_off(fault)
         except Exception as fault:  # noqa: BLE001 - the user's exception stays in front, whatever happens to ours
             self.switch_off(fault)
 
-    def _replay(self, error: Exception, batch: Callable[[], object]) -> list[Seen]:
+    def _reruns(self, error: Exception) -> Iterable[Callable[[], object]]:
+        """A host runs its own loop; the source of a plain one says what it does."""
+        if self._trace.host is not None:
+            return ()
+        return itertools.islice(of_traceback(error.__traceback__), _MOST_RERUNS)
+
+    def _replay(self, error: Exception | None, kind: str | None, steps: Iterable[Callable[[], object]]) -> list[Seen]:
+        """What the first of ``steps`` shows that fails like ``error``, of this kind, and explains it; else what the
+        last did that fails so, else the first."""
         model, info = self._model, self._trace.model
+        found: list[Seen] = []
         if model is None or info is None:
-            return []
-        runs: list[WatchedStep] = []
+            return found
+        for step in steps:
+            runs: list[WatchedStep] = []
 
-        def probes() -> WatchedStep:
-            runs.append(WatchedStep("training", model, model, info.device_type, lambda *_: None, replayed=True))
-            return runs[-1]
+            def probes(runs: list[WatchedStep] = runs) -> WatchedStep:
+                runs.append(WatchedStep("training", model, info.device_type, lambda *_: None, replayed=True))
+                return runs[-1]
 
-        outcome = replay(
-            batch,
-            lambda raised: (runs[-1].trace(), runs[-1].graph(raised)),
-            model=model,
-            error=error,
-            probes=probes,
-            optimizers=self._optimizers,
-            scaler=self._scaler,
-        )
-        steps, graph = outcome.seen or (None, None)
-        return [Seen("training", steps, replace(graph or GraphTrace(), replay=outcome.said))]
+            outcome = replay(
+                step,
+                lambda raised, runs=runs: (runs[-1].trace(), runs[-1].graph(raised)),  # type: ignore[misc]
+                model=model,
+                error=error,
+                probes=probes,
+                optimizers=self._optimizers,
+                scaler=self._scaler,
+            )
+            shown, graph = outcome.seen or (None, None)
+            seen = Seen("training", shown, replace(graph or GraphTrace(), replay=outcome.said))
+            if outcome.failed_again or not found:
+                found = [seen]
+            if outcome.failed_again and seen.explains(kind):
+                break
+        return found
 
-    def _tell_failure(self, error: Exception, failure: Failure, trace: Trace, again: str | None) -> None:
+    def _suspected(self, step: WatchedStep, frame: FrameType) -> None:
+        """Backward may have used a stale tensor that PyTorch did not notice: a replay shows whether it did."""
+        try:
+            if self._off:
+                return
+            if step.batch is not None:
+                batch = step.batch(one for one, _ in walk_stack(frame))
+                steps: Iterable[Callable[[], object]] = () if batch is None else (batch,)
+            else:
+                steps = () if self._trace.host is not None else itertools.islice(of_frame(frame), _MOST_RERUNS)
+            for again in steps:
+                seen = next(iter(self._replay(None, None, [again])), None)
+                if seen is not None and seen.graph is not None and (seen.graph.stale or seen.graph.unchecked):
+                    step.replayed = replace(seen.graph, replay=None)
+                    return
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+
+    def _tell_failure(self, error: Exception, failure: Failure, trace: Trace) -> None:
         findings, not_judged = judge(trace, self._rules)
         new = [finding for finding in findings if finding not in self._told]
         self._report = Report(trace, findings, not_judged)
@@ -302,9 +369,6 @@ class AmpChecker:
         if telling and failure.kind is not None:
             self._told += telling
             blocks = [render_finding(finding, trace).plain for finding in told(telling)]
-            # What autograd's rules tell is seen only while it happens.
-            if again is not None and any(finding.code.startswith("AMP4") for finding in telling):
-                blocks.append(f"to watch the failing step:  {again}")
             self._add_note(error, "\n".join([_NOTE_HEAD, *blocks]))
         self._write()
 
@@ -385,19 +449,27 @@ class AmpChecker:
         self._evaluation_left = watchable and self._watch_steps > 0
 
     def _step(
-        self, phase: Phase, model: nn.Module | None, autocast: AutocastProbe | None
+        self,
+        phase: Phase,
+        model: nn.Module | None,
+        autocast: AutocastProbe | None,
+        batch: FindBatch | None = None,
     ) -> AbstractContextManager[object]:
         try:
             watched, info = self._model, self._trace.model
             if watched is None or info is None:
                 return _NOTHING
             other = None
+            entries = (model, self._entry, watched)
+            entry = next(one for one in entries if one is not None)
+            compiled = anything_compiled() and is_compiled(entry)
             if model is not None and unwrapped(model) is not watched:
                 watched = unwrapped(model)
                 other = walk(watched)
-            entries = (model, self._entry, watched)
-            entry = next(one for one in entries if one is not None)
-            step = WatchedStep(phase, watched, entry, info.device_type, self._ended, info=other, autocast=autocast)
+            step = WatchedStep(
+                phase, watched, info.device_type, self._ended, info=other, autocast=autocast,
+                suspected=self._suspected, batch=batch, entry=entry, compiled=compiled,
+            )  # fmt: skip
             self._open.append(step)
             return step
         except Exception as error:  # noqa: BLE001
@@ -410,7 +482,7 @@ class AmpChecker:
             return
         self._open.remove(step)
         try:
-            seen = Seen(step.phase, step.trace(), step.graph(error))
+            seen = Seen(step.phase, step.trace(), step.graph())
             if error is not None:
                 self._died = seen
             elif seen.step is not None and seen.step.calls:
@@ -483,9 +555,10 @@ class AmpChecker:
             return
         try:
             self._report.write(path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._unwritable = True
-            self._say(Text(f"{NAME}  the report could not be written to {path}: {error.strerror or error}"))
+            why = getattr(error, "strerror", None) or error
+            self._say(Text(f"{NAME}  the report could not be written to {shown(str(path))}: {why}"))
 
     def _add_note(self, error: BaseException, note: str) -> None:
         if hasattr(error, "add_note"):

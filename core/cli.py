@@ -77,7 +77,7 @@ def rules() -> None:
     table = Table("code", "name", "severity", "what it says", box=None, header_style="bold")
     for rule in RULES:
         table.add_row(rule.code, rule.name, str(rule.severity), rule.summary)
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -86,7 +86,7 @@ def explain(code: Annotated[str, typer.Argument(help="A rule's code or name.")])
     rule = next((rule for rule in RULES if code.upper() == rule.code or code.lower() == rule.name), None)
     if rule is None:
         raise typer.BadParameter(f"there is no rule {code!r}; `ampcheck rules` lists them")
-    Console().print(Markdown(page(rule)))
+    _console().print(Markdown(page(rule)))
 
 
 @app.command()
@@ -109,6 +109,7 @@ def compare(
     ] = "never",
     select: Annotated[str, typer.Option(metavar="CODES", help="Judge only these rules: AMP601,AMP602,...")] = "",
     ignore: Annotated[str, typer.Option(metavar="CODES", help="Do not judge these rules.")] = "",
+    trusted: Annotated[bool, typer.Option("--trusted", help="EXPORTED may run code, as a .pt2 file can.")] = False,
 ) -> int:
     """Does an exported model still compute what the eager one does, and where does it stop?"""
     from ampcheck.export import compare as compare_export
@@ -121,8 +122,8 @@ def compare(
     try:
         limit = threshold(fail_on)
         model, inputs, options = _made(factory)
-        report = compare_export(model, exported, inputs, select=select, ignore=ignore, **options)
-        Console(soft_wrap=True, highlight=False).print(render_report(report))
+        report = compare_export(model, exported, inputs, select=select, ignore=ignore, trusted=trusted, **options)
+        _console(soft_wrap=True, highlight=False).print(render_report(report))
         if json is not None:
             report.write(json)
         if figure is not None and report.comparison is not None:
@@ -146,7 +147,14 @@ def doctor() -> None:
         table.add_row(f"{device} {dtype}", "native" if native else "emulated or not supported")
     for host in _hosts():
         table.add_row(host, _version(host))
-    Console().print(table)
+    _console().print(table)
+
+
+def _console(**options: Any) -> Console:
+    """Standard output, where what its encoding lacks does not end the program."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    return Console(**options)
 
 
 def page(rule: Rule) -> str:
@@ -223,6 +231,11 @@ def _version(distribution: str) -> str:
 
 
 def _require_writable(path: str) -> None:
-    parent = Path(path).absolute().parent
-    if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+    target = Path(path)
+    if target.exists() and not target.is_file() and not target.is_dir():
+        if not os.access(target, os.W_OK):
+            raise typer.BadParameter(f"the report cannot be written to {path!r}")
+        return
+    parent = target.absolute().parent
+    if target.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise typer.BadParameter(f"the report cannot be written to {path!r}")

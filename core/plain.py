@@ -5,29 +5,29 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
-from traceback import walk_tb
+from traceback import walk_stack, walk_tb
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from torch._guards import TracingContext
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ampcheck.checker import AmpChecker, Emit, FindingsError
 from ampcheck.precision import Precision
 from ampcheck.probes.autocast import AutocastProbe, autocast_state
-from ampcheck.probes.compiled import on_call
 from ampcheck.probes.containment import bare, undo
+from ampcheck.probes.listening import Listening
+from ampcheck.probes.modules import on_module_calls
 from ampcheck.report import Report
 from ampcheck.step import WatchedStep
 from ampcheck.trace import Host
-from ampcheck.walk import anything_compiled, dtype_name, has_autocast_cache_fault, is_compiled, unwrapped
+from ampcheck.walk import anything_compiled, dtype_name, has_autocast_cache_fault, unwrapped
 
 
 class watch:
@@ -41,8 +41,7 @@ class watch:
     What is not given of ``optimizer`` and ``scaler`` is looked for: optimizers among the objects that are alive at fit
     start, by the parameters they hold; the scaler is the one that the watched step uses.
     ``precision`` is what is asked for; by default, what is observed. The other options are those of ``AmpChecker``;
-    ``checker`` is one made elsewhere, in place of them; ``again`` says what to call to watch so many steps, for the
-    note of a failure that came after the watched ones. Raises ``TypeError`` for a model that is no module.
+    ``checker`` is one made elsewhere, in place of them. Raises ``TypeError`` for what is of another type.
     """
 
     def __init__(
@@ -56,16 +55,26 @@ class watch:
         host: Host | None = None,
         emit: Emit | None = None,
         directory: str | os.PathLike[str] | None = None,
-        again: Callable[[int], str] = "ampcheck.watch(..., watch_steps={})".format,
         **options: Any,
     ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"watch() takes the torch.nn.Module that trains, not {type(model).__name__}")
+        given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer or ()
+        optimizers = list(given) if isinstance(given, Iterable) else [given]
+        kinds: list[tuple[str, Any, Any]] = [
+            *(("optimizer", one, torch.optim.Optimizer) for one in optimizers),
+            ("scaler", scaler, torch.amp.GradScaler),
+            ("precision", precision, Precision),
+            ("emit", emit, Callable),
+        ]
+        for name, value, kind in kinds:
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
         if checker is not None and options:
             raise TypeError(f"give either checker= or the options of one ({', '.join(options)})")
         self._checker = AmpChecker(**options) if checker is None else checker
         self._model = model
-        self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
+        self._optimizers: list[torch.optim.Optimizer] = optimizers
         self._scaler = scaler
         self._precision = precision
         self._context: dict[str, Any] = {"host": host, "emit": emit, "directory": directory}
@@ -80,11 +89,7 @@ class watch:
         self._elsewhere: set[int] = set()
         self._fault: Exception | None = None
         self._forwards = 0
-        self._again = again
         self._shown: tuple[Precision, torch.amp.GradScaler | None] = Precision(), None
-        self._nodes = 0
-        self._begun = 0
-        self._ended = 0
         self._place = os.getpid(), threading.get_ident()
 
     @property
@@ -106,7 +111,6 @@ class watch:
         self._place = os.getpid(), threading.get_ident()
         self._step = self._outermost = None
         self._optimized = False
-        self._ended = 0
         self._autocast.waiting = True
         # It enters autocast itself, once: not under the probe.
         has_autocast_cache_fault()
@@ -115,7 +119,9 @@ class watch:
         self._autocast.__enter__()
         self._training.callback(self._listening.close)
         self._listen()
-        self._training.callback(register_optimizer_step_post_hook(self._stepped).remove)
+        steps = Listening()
+        self._training.callback(undo, steps.end)
+        steps.to(torch.optim.Optimizer._optimizer_step_code, before=self._stepped)
         self._await_evaluation()
 
     def __exit__(
@@ -126,11 +132,9 @@ class watch:
             if exc is not None:
                 with contextlib.suppress(FindingsError):
                     self._safely(self._end_if_complete, exc)
-                again = None
                 with contextlib.suppress(Exception):
                     self._take_scaler()
-                    again = self._watching_this_step()
-                self._checker.diagnose(exc, again=again)
+                self._checker.diagnose(exc)
             if self._fault is not None:
                 self._give_up(self._fault)
             self._safely(self._end_step, None if ended else exc)
@@ -141,6 +145,8 @@ class watch:
                 self._let_go()
             finally:
                 self._checker.detach()
+                self._model = self._outermost = self._scaler = None
+                self._optimizers, self._shown = [], (Precision(), None)
 
     def _end_if_complete(self, exc: BaseException) -> None:
         """End the step where it was complete when something else raised. One with two optimizers may not be."""
@@ -163,7 +169,7 @@ class watch:
         """Call ``method``, which can raise nothing then but ``FindingsError``."""
         try:
             method(*args)
-        except FindingsError:
+        except (FindingsError, RecursionError):
             raise
         except Exception as error:  # noqa: BLE001
             self._give_up(error)
@@ -182,36 +188,22 @@ class watch:
         """``hook`` for the process and thread that watch; unable to raise anything but ``FindingsError``."""
 
         def call(*args: Any) -> None:
-            # What Dynamo traces must be the user's program alone; it also calls modules for their shapes only.
-            if torch.compiler.is_dynamo_compiling() or TracingContext.try_get() is not None:
+            try:
+                # What Dynamo traces must be the user's program alone; it also calls modules for their shapes only.
+                if torch.compiler.is_dynamo_compiling() or TracingContext.try_get() is not None:
+                    return
+                if (os.getpid(), threading.get_ident()) == self._place:
+                    with torch._C.DisableTorchFunction():
+                        self._safely(hook, *args)
+            except RecursionError:
+                # At the last frame that the recursion limit allows, no module is the outermost.
                 return
-            if (os.getpid(), threading.get_ident()) == self._place:
-                self._safely(hook, *args)
 
         return call
 
     def _listen(self) -> None:
-        """Wait for the first call of the model, wherever it comes from."""
-        if self._model is not None and is_compiled(self._model):
-            self._listen_to(self._model)
-            return
-        compile_in_place = nn.Module.compile
-
-        def compile(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-            compile_in_place(module, *args, **kwargs)
-            self._safely(self._listen_beside, module)
-
-        nn.Module.compile = compile  # type: ignore[assignment, method-assign]
-        self._listening.callback(setattr, nn.Module, "compile", compile_in_place)
-        self._listening.callback(register_module_forward_pre_hook(self._contained(self._called)).remove)
-
-    def _listen_to(self, module: nn.Module) -> None:
-        """The same for one module alone: global hooks would be compiled into a compiled one."""
-        self._listening.close()
-        self._listen_beside(module)
-
-    def _listen_beside(self, module: nn.Module) -> None:
-        self._listening.callback(undo, on_call(module, self._contained(self._called)))
+        """Wait for the calls of the model, wherever they come from."""
+        self._listening.callback(undo, on_module_calls(self._contained(self._called)))
 
     def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._fault is not None:
@@ -220,10 +212,7 @@ class watch:
             if not self._begins_training(module):
                 return
             self._outermost = module
-            if is_compiled(module):
-                self._listen_to(module)
             self._attach(module)
-            self._begun = _nodes_made()
         elif self._was_mistaken_for(module):
             self._step = self._outermost = None
             self._checker.start_over()
@@ -234,6 +223,8 @@ class watch:
         elif module is not self._outermost or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
         elif self._step is not None:
+            if self._step.inside_model:
+                return
             self._forwards += 1
             # A scaler that skips the step, or gradient accumulation, must not keep the probes for long.
             if not self._optimized and self._forwards < _MOST_FORWARDS:
@@ -245,7 +236,6 @@ class watch:
                 self._autocast.waiting = False
                 self._optimized, self._forwards = False, 1
                 self._step = step.__enter__()
-                step.calling(module, args)
         else:
             self._training.close()
             if not self._checker.watching_evaluation:
@@ -265,6 +255,9 @@ class watch:
             return False
         if self._model is not None:
             return unwrapped(module) is unwrapped(self._model)
+        # Older PyTorch leaves modules in compiled code, and the one it calls first is not the outermost.
+        if any(frame.f_code.co_filename.startswith("<eval_with_key>") for frame, _ in walk_stack(sys._getframe(1))):
+            return False
         return any(parameter.requires_grad for parameter in module.parameters())
 
     def _attach(self, module: nn.Module) -> None:
@@ -306,8 +299,7 @@ class watch:
         precision = Precision("true", device_type, dtype_name(tensor.dtype), False, explicit=False)
         return precision if scaler is None else _shown_by(scaler, precision)
 
-    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # Torch goes through its hooks here: none can be removed before the next forward.
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         if self._fault is not None or (os.getpid(), threading.get_ident()) != self._place:
             return
         try:
@@ -324,22 +316,10 @@ class watch:
         step, self._step = self._step, None
         if step is not None:
             self._autocast.waiting = True
-            self._nodes, self._ended = _nodes_made() - self._begun, self._ended + (exc is None)
             try:
                 step.__exit__(type(exc) if exc else None, exc, None)
             finally:
                 self._autocast.forget()
-
-    def _watching_this_step(self) -> str | None:
-        """What to say to watch the step that is failing now, or ``None`` where it is being watched or cannot be told.
-
-        Nothing counts steps after the watched ones; autograd counts its nodes, and a step makes about as many as the
-        watched ones did. Rounded up: one too many does no harm.
-        """
-        if self._step is not None or not self._ended or self._nodes <= 0 or is_compiled(self._roots[0]):
-            return None
-        steps = -(-(_nodes_made() - self._begun) * self._ended // self._nodes)
-        return self._again(steps) if steps > self._ended else None
 
     @property
     def _roots(self) -> tuple[nn.Module, ...]:
@@ -348,20 +328,9 @@ class watch:
 
     def _await_evaluation(self) -> None:
         """Wait for ``model.eval()``: no hook could, without a Python call in every batch until then."""
-        original = nn.Module.eval
-
-        called = self._contained(self._eval_called)
-
-        def eval(module: nn.Module) -> nn.Module:
-            called(module)
-            return original(module)
-
-        def restore() -> None:
-            if nn.Module.__dict__["eval"] is eval:
-                nn.Module.eval = original  # type: ignore[method-assign]
-
-        nn.Module.eval = eval  # type: ignore[assignment, method-assign]
-        self._evaluation.callback(undo, restore)
+        evaluations = Listening()
+        self._evaluation.callback(undo, evaluations.end)
+        evaluations.to(nn.Module.eval, before=self._contained(self._eval_called))
 
     def _is_around_model(self, module: nn.Module) -> bool:
         return any(part is root for part in module.modules() for root in self._roots)
@@ -392,23 +361,15 @@ class watch:
                 opened.append((called, step))
                 if isinstance(step, WatchedStep):
                     step.__enter__()
-                    step.calling(called, args)
 
         def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if opened and called is opened[0][0]:
                 step = opened[0][1]
-                if isinstance(step, WatchedStep):
-                    step.returned(called, args, output)
                 self._evaluation.close()
                 step.__exit__(None, None, None)
 
         autocast = self._evaluation.enter_context(AutocastProbe())
-        hooks = self._contained(before), self._contained(after)
-        if self._outermost is not None and is_compiled(self._outermost):
-            self._evaluation.callback(undo, on_call(self._outermost, *hooks))
-        else:
-            self._evaluation.callback(register_module_forward_pre_hook(hooks[0]).remove)
-            self._evaluation.callback(register_module_forward_hook(hooks[1]).remove)
+        self._evaluation.callback(undo, on_module_calls(self._contained(before), self._contained(after)))
 
 
 _MOST_FORWARDS = 8
@@ -417,11 +378,6 @@ _MOST_FORWARDS = 8
 def _left_backward(exc: BaseException) -> bool:
     """Whether an exception came out of a backward pass."""
     return any(frame.f_code.co_name == "_engine_run_backward" for frame, _ in walk_tb(exc.__traceback__))
-
-
-def _nodes_made() -> int:
-    """How many nodes of autograd graphs this thread has made; 0 where PyTorch does not tell."""
-    return int(getattr(torch._C._autograd, "_get_sequence_nr", int)())
 
 
 def _float16_in_force(module: nn.Module) -> bool:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import random
 import re
-import sys
+import time
 import warnings
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -20,15 +17,32 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ampcheck.autograd import leaves_behind, tensors_in
-from ampcheck.probes.containment import undo
+from ampcheck.probes.listening import nobody_listening
+from ampcheck.probes.modules import on_module_calls
+from ampcheck.state import draw_from, everything_put_back, random_state, same_random_state
 from ampcheck.walk import is_sharded
 
 T = TypeVar("T")
 
 Step = Callable[[], Any]
 
-_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 _MORE_DRAWS = 4
+_MOST_SECONDS = 60
+_replaying: list[None] = []
+
+
+class _TooLong(BaseException):
+    """A replay ran for longer than somebody waits for a message. No handler of the program's takes it for an error."""
+
+
+def _not_after(deadline: float) -> Callable[..., None]:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if time.monotonic() > deadline:
+            raise _TooLong
+
+    return before
+
+
 _NUMBERS = re.compile(r"\d+")
 
 
@@ -47,12 +61,13 @@ def replay(
     examine: Callable[[BaseException | None], T],
     *,
     model: nn.Module,
-    error: BaseException,
+    error: BaseException | None,
     probes: Callable[[], AbstractContextManager[Any]],
     optimizers: Iterable[torch.optim.Optimizer] = (),
     scaler: torch.amp.GradScaler | None = None,
 ) -> Replay[T]:
     """Run ``step`` again under ``probes`` and return what ``examine`` makes of it, given what the replay raised.
+    ``error`` is what it failed of, ``None`` where it did not.
 
     ``step`` computes the loss of the failing batch the way its host does, on the unwrapped module, and returns it:
     a tensor, or tensors in lists, tuples and dicts, of which those with a graph are differentiated. It runs no
@@ -61,23 +76,34 @@ def replay(
     parameters, buffers, gradients (the same tensors), optimizers, scaler, random states, training and
     ``requires_grad`` flags, hooks, and what modules hold as plain attributes. No collective is called.
 
-    Never raises, but for what is no error of the program (``KeyboardInterrupt``).
+    Raises only what is a fault of its own.
     """
     reason = _why_not(model, error)
+    if _replaying:
+        reason = "it is being replayed"
     if reason:
         return Replay(None, False, f"the failing batch was not replayed: {reason}")
+    # The step may raise the same object, which is the user's.
+    own = [] if error is None else [(error, error.__traceback__, error.__cause__, error.__context__)]
     try:
         run = functools.partial(_run, step, examine, model, probes, list(optimizers), scaler)
         raised, seen, drew = run(None)
-        for seed in range(_MORE_DRAWS if drew and not _alike(raised, error) else 0):
+        for seed in range(_MORE_DRAWS if drew and error is not None and not _alike(raised, error) else 0):
             again, seen_again, _ = run(seed)
             if _alike(again, error):
                 raised, seen = again, seen_again
                 break
     except (MemoryError, torch.OutOfMemoryError):
         return Replay(None, False, "a replay of the failing batch ran out of memory")
-    except Exception as fault:  # noqa: BLE001 - the user's exception stays in front
-        return Replay(None, False, f"the failing batch could not be replayed: {_line(fault)}")
+    except _TooLong:
+        return Replay(None, False, f"a replay of the failing batch took more than {_MOST_SECONDS} seconds")
+    finally:
+        for each, traceback, cause, context in own:
+            suppressed = each.__suppress_context__
+            each.__traceback__, each.__cause__, each.__context__ = traceback, cause, context
+            each.__suppress_context__ = suppressed
+    if error is None:
+        return Replay(seen, raised is None, "a replay of the batch" + (f" failed: {_line(raised)}" if raised else ""))
     if raised is None:
         return Replay(seen, False, "a replay of the failing batch did not fail")
     if _alike(raised, error):
@@ -96,26 +122,38 @@ def _run(
 ) -> tuple[Exception | None, T, bool]:
     """What the step raised, what was seen of it, and whether it drew random numbers."""
     with ExitStack() as stack:
-        stack.enter_context(_everything_put_back(model, optimizers, scaler))
+        stack.enter_context(everything_put_back(model, optimizers, scaler, (step, *getattr(step, "roots", ()))))
+        _replaying.append(None)
+        stack.callback(_replaying.pop)
+        stack.enter_context(nobody_listening())
+        stack.callback(on_module_calls(_not_after(time.monotonic() + _MOST_SECONDS)))
         stack.enter_context(_one_process())
         stack.enter_context(_eager())
         stack.enter_context(warnings.catch_warnings(record=True))
         stack.enter_context(_own_autocast_cache())
         if seed is not None:
-            _draw_from(seed)
-        before = _random_state()
+            draw_from(seed)
+        before = random_state()
         raised: Exception | None = None
+        watched = probes()
         with torch.enable_grad():
             try:
-                with probes():
+                with watched:
                     _differentiate(step())
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # noqa: BLE001 - to see it is what a replay is for
                 raised = error
-            # The graph lives in the frames of what was raised: read it now.
-            seen = examine(raised)
-        return raised, seen, not _same_random_state(before, _random_state())
+            # A thread of the step's own may have kept it.
+            raised = raised or getattr(watched, "failure", None)
+            try:
+                # The graph lives in the frames of what was raised: read it now.
+                seen = examine(raised)
+            finally:
+                if raised is not None:
+                    # Those frames hold the model.
+                    raised.__traceback__ = raised.__cause__ = raised.__context__ = None
+        return raised, seen, not same_random_state(before, random_state())
 
 
 def _differentiate(result: Any) -> None:
@@ -140,15 +178,14 @@ def backward_without_hooks(
     which are where processes wait for one another. Gradients of ``module``'s parameters, or of ``inputs``, are new
     tensors; the replay puts the old ones back."""
     own = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    leaves = own if inputs is None else [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
-    gradients = torch.autograd.grad(loss, leaves or [loss], gradient, retain_graph, create_graph, allow_unused=True)
-    for leaf, found in zip(leaves, gradients, strict=False):
-        if found is not None:
-            leaf.grad = found if leaf.grad is None else leaf.grad + found
+    leaves: Sequence[torch.Tensor] = own
+    if inputs is not None:
+        leaves = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+    _accumulate(leaves or [loss], loss, gradient, retain_graph, create_graph)
 
 
-def _why_not(model: nn.Module, error: BaseException) -> str | None:
-    if not isinstance(error, Exception):
+def _why_not(model: nn.Module, error: BaseException | None) -> str | None:
+    if error is not None and not isinstance(error, Exception):
         return f"{type(error).__name__} is no failure"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "memory ran out"
@@ -159,119 +196,13 @@ def _why_not(model: nn.Module, error: BaseException) -> str | None:
     return None
 
 
-def _alike(one: BaseException | None, other: BaseException) -> bool:
+def _alike(one: BaseException | None, other: BaseException | None) -> bool:
     """The same failure: versions and addresses in the text may differ."""
     return type(one) is type(other) and _NUMBERS.sub("#", str(one)) == _NUMBERS.sub("#", str(other))
 
 
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-class _Kept:
-    """A tensor and its bytes. A tensor that was not written to is not written to again."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-        self._data = tensor.data
-        self._content = tensor.detach().clone()
-        self._requires_grad = tensor.requires_grad
-        self._grad = tensor.grad if tensor.is_leaf else None
-        self._grad_content = None if self._grad is None else self._grad.detach().clone()
-
-    def put_back(self) -> None:
-        tensor = self._tensor
-        if tensor.data_ptr() != self._data.data_ptr() or tensor.shape != self._data.shape:
-            tensor.data = self._data
-        _write_back(self._data, self._content)
-        if tensor.is_leaf:
-            if tensor.requires_grad is not self._requires_grad:
-                tensor.requires_grad_(self._requires_grad)
-            if tensor.grad is not self._grad:
-                tensor.grad = self._grad
-        if self._grad is not None and self._grad_content is not None:
-            _write_back(self._grad.detach(), self._grad_content)
-
-
-class _KeptAttributes:
-    """The attributes of an object, and the contents of those that are plain containers."""
-
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        self._attributes = attributes
-        self._values = dict(attributes)
-        self._contents = [
-            (value, copy.copy(value)) for value in attributes.values() if type(value) in _CONTAINERS and value
-        ]
-        self._empty = [value for value in attributes.values() if type(value) in _CONTAINERS and not value]
-
-    def put_back(self) -> None:
-        if self._attributes.keys() != self._values.keys() or any(
-            self._attributes[name] is not value for name, value in self._values.items()
-        ):
-            self._attributes.clear()
-            self._attributes.update(self._values)
-        for value in self._empty:
-            value.clear()
-        for value, content in self._contents:
-            if len(value) != len(content) or any(
-                a is not b for a, b in zip(_items(value), _items(content), strict=True)
-            ):
-                value.clear()
-                (value.update if isinstance(value, (dict, set)) else value.extend)(content)
-
-
-def _items(container: Any) -> Iterator[Any]:
-    if isinstance(container, dict):
-        for item in container.items():
-            yield from item
-    else:
-        yield from container
-
-
-@contextlib.contextmanager
-def _everything_put_back(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler | None
-) -> Iterator[None]:
-    owners: list[dict[str, Any]] = [module.__dict__ for module in model.modules()]
-    owners += [optimizer.__dict__ for optimizer in optimizers]
-    owners += [group for optimizer in optimizers for group in optimizer.param_groups]
-    owners += [state for optimizer in optimizers for state in optimizer.state.values()]
-    if scaler is not None:
-        owners.append(scaler.__dict__)
-        owners += list(getattr(scaler, "_per_optimizer_states", {}).values())
-    kept: list[_Kept | _KeptAttributes] = [_KeptAttributes(owner) for owner in owners]
-    tensors: dict[int, torch.Tensor] = {}
-    for owner in owners:
-        values = [v for v in owner.values() if isinstance(v, torch.Tensor)]
-        values += [v for name in ("_parameters", "_buffers") for v in owner.get(name, {}).values() if v is not None]
-        tensors.update((id(value), value) for value in values)
-    kept += [_Kept(tensor) for tensor in tensors.values()]
-    kept_random = _random_state()
-    try:
-        yield
-    finally:
-        # What one of them raises keeps no other from being put back.
-        with torch.no_grad(), ExitStack() as rest:
-            rest.callback(undo, _set_random_state, kept_random)
-            for one in reversed(kept):
-                rest.callback(undo, one.put_back)
-
-
-@torch.no_grad()
-def _write_back(tensor: torch.Tensor, content: torch.Tensor) -> None:
-    if not _same_bytes(tensor, content):
-        tensor.copy_(content)
-
-
-def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.layout is not torch.strided or one.is_quantized:
-        return False
-    return bool(((one == other) | ((one != one) & (other != other))).all()) and not _signs_differ(one, other)
-
-
-def _signs_differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # Equal numbers of other bytes: zeros of either sign.
-    return one.is_floating_point() and bool((torch.signbit(one) != torch.signbit(other)).any())
 
 
 @contextlib.contextmanager
@@ -283,19 +214,46 @@ def _one_process() -> Iterator[None]:
         return
     from torch.distributed import distributed_c10d
 
-    owners: list[Any] = [distributed, distributed_c10d]
-    originals = [owner.is_initialized for owner in owners]
+    wrapper, autograd = nn.parallel.DistributedDataParallel, torch.autograd
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (distributed, "is_initialized", _not_initialized),
+        (distributed_c10d, "is_initialized", _not_initialized),
+        (wrapper, "forward", lambda self, *args, **kwargs: self.module(*args, **kwargs)),
+        (autograd, "backward", _backward_of_one),
+    ]
+    originals = [vars(owner)[name] for owner, name, _ in stand_ins]
     try:
-        for owner in owners:
-            owner.is_initialized = _not_initialized
+        for owner, name, stand_in in stand_ins:
+            setattr(owner, name, stand_in)
         yield
     finally:
-        for owner, original in zip(owners, originals, strict=True):
-            owner.is_initialized = original
+        for (owner, name, _), original in zip(stand_ins, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def _not_initialized() -> bool:
     return False
+
+
+def _backward_of_one(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+) -> None:
+    """``torch.autograd.backward`` without the hooks on parameters, by which processes wait for one another."""
+    leaves = list(tensors_in(inputs)) or [leaf for leaf in leaves_behind(tensors) if leaf.requires_grad]
+    roots = list(tensors_in(tensors if isinstance(tensors, torch.Tensor) else list(tensors)))
+    _accumulate(leaves or roots, roots, grad_tensors, retain_graph, create_graph)
+
+
+def _accumulate(leaves: Sequence[torch.Tensor], roots: Any, gradient: Any, retain: bool | None, create: bool) -> None:
+    gradients = torch.autograd.grad(roots, leaves, gradient, retain, create, allow_unused=True)
+    for leaf, found in zip(leaves, gradients, strict=True):
+        if found is not None and leaf.is_leaf:
+            leaf.grad = found if leaf.grad is None else leaf.grad + found
 
 
 @contextlib.contextmanager
@@ -315,38 +273,3 @@ def _own_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.clear_autocast_cache()
-
-
-def _random_state() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    return (
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
-        random.getstate(),
-        numpy.random.get_state() if numpy is not None else None,
-    )
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    of_torch, of_cuda, of_python, of_numpy = state
-    torch.set_rng_state(of_torch)
-    if of_cuda is not None:
-        torch.cuda.set_rng_state_all(of_cuda)
-    random.setstate(of_python)
-    if of_numpy is not None:
-        sys.modules["numpy"].random.set_state(of_numpy)
-
-
-def _same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    same = torch.equal(one[0], other[0]) and all(map(torch.equal, one[1] or (), other[1] or ()))
-    of_numpy = one[3] is None or (one[3][2] == other[3][2] and bool((one[3][1] == other[3][1]).all()))
-    return same and one[2] == other[2] and of_numpy
-
-
-def _draw_from(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ampcheck.printable import shown
 from ampcheck.trace import Site, Trace
 
 Judge = Callable[[Trace], Iterator["Evidence"]]
@@ -97,11 +98,11 @@ class Rule:
                 code=self.code,
                 name=self.name,
                 severity=evidence.severity or self.severity,
-                message=evidence.message,
+                message=shown(evidence.message),
                 module=evidence.module,
                 sites=evidence.sites,
                 evidence=evidence.data,
-                fix=evidence.fix or self.fix,
+                fix=shown(evidence.fix) if evidence.fix else self.fix,
                 host_fix=fixes.get(self.code),
             )
 

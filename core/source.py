@@ -14,7 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from ampcheck.printable import shown
 from ampcheck.trace import Role, Site
+
+LISTENING = "<frozen importlib._bootstrap>"
+"""The file that our frames between PyTorch's are said to be in: Python counts none of it up to the line that a warning
+names (https://docs.python.org/3/library/warnings.html#warnings.warn)."""
 
 
 @functools.cache
@@ -33,8 +38,8 @@ def _library_roots() -> tuple[str, ...]:
 
 @functools.cache
 def is_ours(file: str) -> bool:
-    """Whether ``file`` belongs to AmpCheck itself."""
-    return file.startswith(_our_roots())
+    """Whether ``file`` belongs to AmpCheck itself, or stands for a call that it listens to."""
+    return file == LISTENING or file.startswith(_our_roots())
 
 
 @functools.cache
@@ -56,7 +61,8 @@ def is_library(file: str) -> bool:
 
 def site_of(code_file: str, line: int, function: str, role: Role = "call") -> Site:
     """The site of a line, with its source text where it can be read."""
-    return Site(code_file, line, function, linecache.getline(code_file, line).strip(), role)
+    code = shown(linecache.getline(code_file, line).strip())
+    return Site(shown(code_file), line, shown(function), code, role)
 
 
 def callers(frame: FrameType | None) -> Iterator[FrameType]:
@@ -136,7 +142,14 @@ def short_path(file: str) -> str:
     return relative if len(relative) < len(file) else file
 
 
+def remember_source(file: str, names: dict[str, object]) -> None:
+    """Let the lines of a file that is none, such as a module in a ZIP archive, be read through its loader."""
+    if file not in linecache.cache and not os.path.exists(file):
+        linecache.lazycache(file, names)
+
+
 def _site_of_frame(frame: FrameType, line: int, role: Role) -> Site:
+    remember_source(frame.f_code.co_filename, frame.f_globals)
     return site_of(frame.f_code.co_filename, line, _qualified_name(frame), role)
 
 

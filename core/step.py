@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch
 from torch import nn
 
+from ampcheck.probes.aliases import AliasProbe
 from ampcheck.probes.autocast import AutocastProbe
-from ampcheck.probes.compiled import CompiledProbe
 from ampcheck.probes.containment import bare, undo
+from ampcheck.probes.graph import GraphProbe
 from ampcheck.probes.modules import ModuleProbe
-from ampcheck.probes.ops import OpProbe
 from ampcheck.probes.saved_tensors import graph_trace
 from ampcheck.probes.scaler import ScalerProbe
-from ampcheck.probes.writes import WriteProbe
+from ampcheck.probes.writes import ExtensionOps, WriteProbe
 from ampcheck.trace import GraphTrace, ModelInfo, Phase, StepTrace, described
-from ampcheck.walk import anything_compiled, is_compiled
+from ampcheck.walk import hooked_modules
 
 Ended = Callable[["WatchedStep", BaseException | None], None]
-Probe = AutocastProbe | ModuleProbe | CompiledProbe | OpProbe | ScalerProbe | WriteProbe
+Suspected = Callable[["WatchedStep", FrameType], None]
+Probe = AliasProbe | AutocastProbe | ModuleProbe | GraphProbe | ScalerProbe | WriteProbe | ExtensionOps
 
 
 class WatchedStep:
     """The probes around one step of ``model``; ``ended`` is called with it, and with what the body raised, when they
-    are gone. ``entry`` is ``model`` in the wrappers that the loop calls. ``autocast`` is a probe that is active
-    already; ``info`` describes a model that is not the attached one. ``replayed``: the step is run again after a
-    failure, with nothing compiled, and what it costs matters less than what it shows.
+    are gone. ``compiled``: parts of the model are, or ``entry``, which wraps it. ``autocast`` is a probe that is active
+    already; ``info`` describes a model that is not the attached one. ``suspected`` is called behind a backward pass
+    that may have used a stale tensor, with the frame that began the pass; ``batch`` finds in such frames what
+    computes the step's loss again.
+
+    ``replayed``: the step is run again and thrown away, with nothing compiled, and what it costs matters less than what
+    it shows: each write and each save is logged with its line.
     """
 
     def __init__(
         self,
         phase: Phase,
         model: nn.Module,
-        entry: nn.Module,
         device_type: str,
         ended: Ended,
         *,
         info: ModelInfo | None = None,
         autocast: AutocastProbe | None = None,
+        suspected: Suspected | None = None,
+        batch: Callable[[Iterable[FrameType]], Callable[[], object] | None] | None = None,
+        entry: nn.Module | None = None,
+        compiled: bool = False,
         replayed: bool = False,
     ) -> None:
         self.phase = phase
@@ -49,24 +58,30 @@ class WatchedStep:
         self._info = info
         self._stack = ExitStack()
         self._autocast = autocast or AutocastProbe()
-        self._modules: ModuleProbe | CompiledProbe
-        self._ops: OpProbe | None = None
+        self._modules = modules = ModuleProbe(model, device_type, self._autocast, entry)
+        self._aliases: AliasProbe | None = None
+        self._graph: GraphProbe | None = None
+        self._scaler: ScalerProbe | None = None
         self._writes: WriteProbe | None = None
-        if is_compiled(entry) and not replayed:
-            self._modules = CompiledProbe(entry, device_type, self._autocast)
-        else:
-            self._modules = modules = ModuleProbe(model, device_type, self._autocast)
-            # Active modes send evaluation down other kernels, and make compiled code compile again.
-            if phase == "training" and (replayed or not anything_compiled()):
-                self._writes = WriteProbe(model, lambda: modules.current)
-                self._ops = OpProbe(model, device_type, modules, self._writes)
-        self._scaler = ScalerProbe() if phase == "training" else None
-        probes = (self._autocast, self._modules, self._ops, self._scaler, self._writes)
+        if phase == "training":
+            notify = None if suspected is None else functools.partial(suspected, self)
+            self._aliases = AliasProbe(modules)
+            self._graph = GraphProbe(model, device_type, self._autocast, modules, self._aliases, notify)
+            self._scaler = ScalerProbe()
+        extensions: ExtensionOps | None = None
+        if replayed:
+            self._writes = WriteProbe(model, lambda: modules.current)
+            extensions = ExtensionOps(self._writes)
+        probes = (self._autocast, modules, self._aliases, self._graph, self._scaler, self._writes, extensions)
         self._probes = [probe for probe in probes if probe is not None]
         self._to_enter = [probe for probe in self._probes if probe is not autocast]
-        self._complete = self._ops is not None or phase == "evaluation"
+        self._complete = not compiled
         self._fault: Exception | None = None
         self._died_of: BaseException | None = None
+        self.batch = batch
+        self._model = model
+        self.replayed: GraphTrace | None = None
+        """What a replay of the step showed of its graph, where something was suspected."""
 
     def __enter__(self) -> WatchedStep:
         try:
@@ -99,22 +114,20 @@ class WatchedStep:
         except Exception as error:  # noqa: BLE001 - told when the step ends
             self._fault = self._fault or bare(error)
 
-    def calling(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        """The step began inside the call of ``module``, before its forward."""
-        if isinstance(self._modules, ModuleProbe):
-            self._modules.before(module, args)
-        else:
-            self._modules.called(module, args)
-
-    def returned(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        """The step ends inside the call of ``module``, after its forward."""
-        if isinstance(self._modules, ModuleProbe):
-            self._modules.after(module, args, output)
+    @property
+    def inside_model(self) -> bool:
+        """Whether the running thread is inside a call of the model that began in this step."""
+        return self._modules.current is not None
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The gradient scaler that the step used so far."""
         return self._scaler.used if self._scaler is not None else None
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the latest failing backward pass of a replayed step raised, where that went elsewhere."""
+        return self._graph.failure if self._graph is not None and self._writes is not None else None
 
     def trace(self) -> StepTrace:
         """What was seen so far. Raises the first error of a probe."""
@@ -126,7 +139,7 @@ class WatchedStep:
             regions=tuple(self._autocast.regions),
             cache_cleared=self._autocast.cache_cleared,
             complete=self._complete,
-            ops=self._ops.calls if self._ops else (),
+            ops=self._graph.calls if self._graph else (),
             model=self._info,
             scaling=self._scaler.calls if self._scaler else (),
             died_of=described(self._died_of) if self._died_of is not None else None,
@@ -135,7 +148,14 @@ class WatchedStep:
     def graph(self, error: BaseException | None = None) -> GraphTrace | None:
         """What was seen of the autograd graph, with the stale tensors behind ``error``; ``None``: it was not looked
         at. Raises the first error of the probe."""
-        return graph_trace(self._writes, error) if self._writes is not None else None
+        if self._writes is not None:
+            return graph_trace(self._writes, error)
+        if self._graph is None or self._aliases is None:
+            return None
+        if self.replayed is not None:
+            return self.replayed
+        unchecked, backwards = self._aliases.unchecked, tuple(self._graph.backwards)
+        return GraphTrace(unchecked=unchecked, backwards=backwards, hooked=hooked_modules(self._model))
 
 
 def merged(earlier: StepTrace | None, step: StepTrace) -> StepTrace:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -212,7 +214,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class OpCall:
-    """Calls of one function that looked alike and are of interest to a rule (see ``ampcheck.probes.ops``)."""
+    """Calls of one function that looked alike and are of interest to a rule (see ``ampcheck.probes.graph``)."""
 
     op: str
     module: str | None
@@ -257,12 +259,26 @@ class StepTrace:
     scaling: tuple[ScalerCall, ...] = ()
     died_of: str | None = None
 
-    @property
+    @functools.cached_property
     def forward(self) -> tuple[ModuleCall, ...]:
         """The calls of the forward pass: those that backward repeats left out, and where some ran with gradients
         those that ran without (a teacher, a metric) too."""
         calls = tuple(call for call in self.calls if not call.in_backward)
         return tuple(call for call in calls if call.grad_enabled) or calls
+
+    @functools.cached_property
+    def in_force(self) -> Counter[str]:
+        """Module calls of the forward pass by the autocast dtype they ran under; calls with autocast off left out. A
+        host may enter autocast around a model that leaves it again: none, where no module inside another ran under
+        it."""
+        dtypes: Counter[str] = Counter()
+        inner = [call for call in self.forward if call.leaf]
+        if inner and not any(call.autocast.enabled for call in inner):
+            return dtypes
+        for call in self.forward:
+            if call.autocast.enabled:
+                dtypes[call.autocast.dtype] += call.count
+        return dtypes
 
     def around(self, index: int | None) -> Iterator[AutocastRegion]:
         """Region ``index`` and the regions around it, innermost first."""

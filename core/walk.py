@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ampcheck.precision import LOW_PRECISION, Precision
+from ampcheck.printable import shown
 from ampcheck.trace import Environment, ModelInfo, ModuleInfo, OptimizerInfo, Policy, ScalerInfo, TensorInfo
 
 _LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
@@ -69,15 +70,28 @@ def module_names(model: nn.Module) -> dict[int, str]:
     return {id(module): plain_name(name) for name, module in model.named_modules()}
 
 
+def hooked_modules(model: nn.Module) -> tuple[str, ...]:
+    """The modules that have full backward hooks."""
+    hooked = [module for module in model.modules() if _has_backward_hooks(module)]
+    names = module_names(model) if hooked else {}
+    return tuple(names[id(module)] for module in hooked)
+
+
+def _has_backward_hooks(module: nn.Module) -> bool:
+    return bool(module._backward_hooks and module._is_full_backward_hook) or bool(module._backward_pre_hooks)
+
+
 def plain_name(name: str) -> str:
     """A qualified name without the attributes by which wrappers (compiled, sharded) hold what they wrap."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPING)
+    if name.isprintable() and not any(part in name for part in _WRAPPING):
+        return name
+    return shown(".".join(part for part in name.split(".") if part not in _WRAPPING))
 
 
 def tensor_names(model: nn.Module) -> dict[int, str]:
     """Qualified names of parameters and buffers by identity."""
-    names = {id(tensor): name for name, tensor in model.named_buffers()}
-    names.update((id(tensor), name) for name, tensor in model.named_parameters())
+    names = {id(tensor): shown(name) for name, tensor in model.named_buffers()}
+    names.update((id(tensor), shown(name)) for name, tensor in model.named_parameters())
     return names
 
 
@@ -204,9 +218,12 @@ def _native_dtypes() -> Iterable[tuple[tuple[str, str], bool]]:
 
 @functools.cache
 def has_autocast_cache_fault() -> bool:
-    # Whatever modes the caller is in are his, and must neither change the answer nor see the question.
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
-        return _loses_cached_gradients()
+    # In a thread of its own: modes, autocast and the count of graph nodes are the caller's, and a thread's.
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(_loses_cached_gradients()))
+    thread.start()
+    thread.join()
+    return answers[0]
 
 
 def _loses_cached_gradients() -> bool:

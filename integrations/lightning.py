@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from types import ModuleType
+from traceback import walk_tb
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NamedTuple, ParamSpec
 
 import torch
@@ -202,7 +203,7 @@ class AmpCheck(Callback):
             return
         if stage == "fit":
             for optimization in ("automatic_optimization", "manual_optimization"):
-                self._wrap(trainer, f"fit_loop.epoch_loop.{optimization}.run", self._train_batch)
+                self._wrap(trainer, f"fit_loop.epoch_loop.{optimization}.run", self._train_batch, trainer)
         self._wrap(trainer, f"strategy.{step}", self._evaluate_batch)
 
     @_contained
@@ -252,8 +253,8 @@ class AmpCheck(Callback):
             directory=directory,
         )
 
-    def _train_batch(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.checker.training_step():
+    def _train_batch(self, trainer: Trainer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.checker.training_step(batch=functools.partial(_failing_batch, trainer)):
             output = run(*args, **kwargs)
         if not self.checker.watching:
             self._unwrap(self._train_batch)
@@ -283,7 +284,7 @@ class AmpCheck(Callback):
         if training:
             # What the frames alone tell is worth more than nothing.
             with suppress(Exception):
-                batch = _failing_batch(trainer, error)
+                batch = _failing_batch(trainer, (frame for frame, _ in walk_tb(error.__traceback__)))
         self.checker.diagnose(error, phase=phase, step=trainer.global_step, batch=batch)
 
     def _wrap(self, owner: Any, path: str, wrapper: Callable[..., Any], *first: Any) -> None:
@@ -359,16 +360,16 @@ def _declared(trainer: Any, package: ModuleType) -> Precision:
     return Precision(mode, device_type, dtype, scaler is not None and scaler.is_enabled(), source)
 
 
-def _failing_batch(trainer: Any, error: BaseException) -> Callable[[], object] | None:
-    """What computes the loss of the batch that ``error`` came from once more; ``None`` where it cannot be found, or
-    the module not be run outside its strategy."""
+def _failing_batch(trainer: Any, frames: Iterable[FrameType]) -> Callable[[], object] | None:
+    """What computes the loss of the batch in these frames once more; ``None`` where it cannot be found, or the module
+    not be run outside its strategy."""
     module = trainer.lightning_module
     strategies = (getattr(package.strategies, "DeepSpeedStrategy", None) for package in _imported())
     if isinstance(trainer.strategy, tuple(filter(None, strategies))):
         return None
     if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in module.modules()):
         return None
-    arguments = _arguments_of_step(trainer, error)
+    arguments = _arguments_of_step(trainer, frames)
     # An iterator would hand out the batch after the one that failed.
     if arguments is None or any(isinstance(argument, Iterator) for argument in arguments):
         return None
@@ -379,13 +380,11 @@ def _failing_batch(trainer: Any, error: BaseException) -> Callable[[], object] |
     return functools.partial(_step_again, trainer, arguments)
 
 
-def _arguments_of_step(trainer: Any, error: BaseException) -> tuple[Any, ...] | None:
-    """The arguments of the ``training_step`` that ``error`` passed through, from the loop's frame in its traceback."""
+def _arguments_of_step(trainer: Any, frames: Iterable[FrameType]) -> tuple[Any, ...] | None:
+    """The arguments of the ``training_step`` that these frames are in, from the loop's."""
     epoch_loop = trainer.fit_loop.epoch_loop
     loops = [getattr(epoch_loop, f"{kind}_optimization", None) for kind in ("automatic", "manual")]
-    traceback = error.__traceback__
-    while traceback is not None:
-        frame, traceback = traceback.tb_frame, traceback.tb_next
+    for frame in frames:
         if frame.f_code.co_name == "run":
             names = frame.f_locals
             loop, arguments = names.get("self"), names.get("kwargs")

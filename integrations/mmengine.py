@@ -13,7 +13,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from types import MappingProxyType
+from traceback import walk_tb
+from types import FrameType, MappingProxyType
 from typing import Any, Concatenate, ParamSpec
 
 import mmengine
@@ -209,7 +210,7 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
                     if kind == "train":
                         # What the frames alone tell is worth more than nothing.
                         with suppress(Exception):
-                            batch = _failing_batch(loop, runner, exc)
+                            batch = _failing_batch(loop, runner, (frame for frame, _ in walk_tb(exc.__traceback__)))
                     self.checker.diagnose(exc, phase=phase, step=getattr(loop, "iter", None), batch=batch)
                 self.after_run(runner)
                 raise
@@ -231,7 +232,9 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
             if _is_compiled(runner.model):
                 self._unwatch(runner, undo)
                 return run_iter(*args, **kwargs)
-            with checker.training_step() if kind == "train" else checker.evaluation_step(_unwrapped(runner.model)):
+            batch = functools.partial(_failing_batch, loop, runner)
+            step = checker.training_step(batch=batch) if kind == "train" else None
+            with checker.evaluation_step(_unwrapped(runner.model)) if step is None else step:
                 outputs = run_iter(*args, **kwargs)
             if not (checker.watching if kind == "train" else checker.watching_evaluation):
                 self._unwatch(runner, undo)
@@ -245,9 +248,9 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
         undo()
 
 
-def _failing_batch(loop: BaseLoop, runner: Any, error: BaseException) -> Callable[[], object] | None:
-    """What computes the loss of the batch that ``error`` came from once more, from the loop's frame in its traceback;
-    ``None`` where it cannot be found, or the model not be run outside its wrapper."""
+def _failing_batch(loop: BaseLoop, runner: Any, frames: Iterable[FrameType]) -> Callable[[], object] | None:
+    """What computes the loss of the batch in these frames once more, from the loop's; ``None`` where it cannot be
+    found, or the model not be run outside its wrapper."""
     model, wrappers = _unwrapped(runner.model), _optim_wrappers(runner).values()
     plain = nn.parallel.DistributedDataParallel, nn.parallel.DataParallel
     if is_model_wrapper(runner.model) and (model is runner.model or not isinstance(runner.model, plain)):
@@ -257,9 +260,7 @@ def _failing_batch(loop: BaseLoop, runner: Any, error: BaseException) -> Callabl
         return None
     if not all(own.issuperset(group["params"]) for one in wrappers for group in one.optimizer.param_groups):
         return None
-    traceback = error.__traceback__
-    while traceback is not None:
-        frame, traceback = traceback.tb_frame, traceback.tb_next
+    for frame in frames:
         if frame.f_code.co_name == "run_iter":
             names = frame.f_locals
             if names.get("self") is loop and "data_batch" in names:

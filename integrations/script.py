@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -30,16 +29,8 @@ def run(
     standard error. Raises ``ValueError`` for options that mean nothing, before anything runs.
     """
     checker = AmpChecker(select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report)
-    given = {"--select": select, "--ignore": ignore, "--fail-on": fail_on if fail_on != "never" else ""}
-    given["--json"] = "" if isinstance(report, bool) else os.fspath(report)
-    options = [word for flag, value in given.items() if value for word in (flag, _in_words(value))]
-
-    def again(steps: int) -> str:
-        program = ["-m", target] if module else [target]
-        return shlex.join(["ampcheck", "run", "--watch-steps", str(steps), *options, *program, *args])
-
     try:
-        with watch(None, checker=checker, again=again):
+        with watch(None, checker=checker):
             (run_module if module else run_script)(target, args)
     except FindingsError as error:
         sys.stderr.write(f"ampcheck  stopped by --fail-on: {error}\n")
@@ -51,8 +42,3 @@ def run(
         show_exception(error)
         return 1
     return 0
-
-
-def _in_words(value: str | Iterable[str]) -> str:
-    """An option's value as the command line takes it."""
-    return value if isinstance(value, str) else ",".join(value)

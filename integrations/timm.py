@@ -15,14 +15,13 @@ import functools
 import inspect
 import logging
 import os
-import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
-from types import MethodType, ModuleType, TracebackType
+from types import FrameType, MethodType, ModuleType, TracebackType
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import timm
@@ -188,7 +187,7 @@ class _Script(_Guest):
             batch = None
             # What the frames alone tell is worth more than nothing.
             with suppress(Exception):
-                batch = _failing_batch(error)
+                batch = _failing_batch(frame for frame, _ in traceback.walk_tb(error.__traceback__))
             self._checker.diagnose(error, phase="training_step", batch=batch)
             raise
 
@@ -267,7 +266,7 @@ class _Updates(_Guest):
         self._close(exc)
 
     def _open(self) -> None:
-        self._step = self._checker.training_step()
+        self._step = self._checker.training_step(batch=_failing_batch)
         self._step.__enter__()
 
     def _close(self, error: BaseException | None = None) -> None:
@@ -359,11 +358,13 @@ class _Returned:
         return getattr, (nullcontext(), "__exit__")
 
 
-def _failing_batch(error: Exception) -> Callable[[], object] | None:
-    """Computes the loss of the failing batch as the script does, with what the frame of its loop holds; ``None`` where
-    that is not what timm's scripts have."""
-    frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
-    values: dict[str, Any] = next((dict(found) for found in frames if "input" in found and "target" in found), {})
+def _failing_batch(frames: Iterable[FrameType]) -> Callable[[], object] | None:
+    """Computes the loss of the batch in these frames as the script does, with what the frame of its loop holds;
+    ``None`` where that is not what timm's scripts have."""
+    held = (frame.f_locals for frame in frames)
+    values: dict[str, Any] = next(
+        (dict(found) for found in held if {"input", "target", "amp_autocast"} <= {*found}), {}
+    )
     named: Iterator[Any] = (values.get(name) for name in ("amp_autocast", "task", "model", "loss_fn"))
     amp_autocast, task, model, loss_fn = named
     if not callable(amp_autocast):
@@ -530,13 +531,9 @@ def _run(path: str, args: Sequence[str], checker: AmpChecker) -> None:
     script = _Script(checker)
     with ExitStack() as watched:
 
-        def again(steps: int) -> str:
-            command = ["python", "-m", "ampcheck.integrations.timm", "--watch-steps", str(steps), path, *args]
-            return shlex.join(command)
-
         def watch_anything() -> None:
             _say(f"ampcheck  {path} has no train_one_epoch() and a main guard: watched as by `ampcheck run`")
-            watched.enter_context(watch(None, checker=checker, again=again))
+            watched.enter_context(watch(None, checker=checker))
 
         def before_main(main: ModuleType) -> None:
             if not script.wrap(vars(main)):

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -277,7 +278,8 @@ class AmpCheck:
             dynamic = None if getattr(exporter.args, "dynamic", False) else False
             reached = None
             try:
-                report = compare(model, file, images, dynamic_batch=dynamic, **self._judging)
+                # The exporter has just written it.
+                report = compare(model, file, images, dynamic_batch=dynamic, trusted=True, **self._judging)
             except FindingsError as error:
                 reached, report = error, error.report
             LOGGER.info(f"\n{report}")
@@ -298,7 +300,7 @@ class AmpCheck:
                 phase = fit.phase
                 # What the frames alone tell is worth more than nothing.
                 with suppress(Exception):
-                    batch = fit.failing_batch(error)
+                    batch = fit.failing_batch(frame for frame, _ in traceback.walk_tb(error.__traceback__))
             self._checker.diagnose(error, phase=phase, batch=batch)
         if fit is not None:
             fit.close()
@@ -329,14 +331,13 @@ class _Fit:
         """``error`` unless it was in flight before training began: somebody trains in an ``except`` block."""
         return None if error is self._handled else error
 
-    def failing_batch(self, error: BaseException) -> Callable[[], object] | None:
-        """Computes the loss of the failing batch as the trainer does; ``None`` where no training batch is in the
-        frames of ``error``."""
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        names = [frame.f_code.co_name for frame in frames]
+    def failing_batch(self, frames: Iterable[FrameType]) -> Callable[[], object] | None:
+        """Computes the loss of the batch in these frames as the trainer does; ``None`` where no training batch is."""
+        found = {frame.f_code.co_name: frame for frame in frames}
+        names = found.keys()
         if self.phase != "training_step" or "_do_train" not in names:
             return None
-        batch = frames[names.index("_do_train")].f_locals.get("batch")
+        batch = found["_do_train"].f_locals.get("batch")
         if not isinstance(batch, dict):
             return None
         return functools.partial(_loss, self._trainer, batch, raw="preprocess_batch" in names)
@@ -383,7 +384,7 @@ class _Fit:
     def _train_batch_start(self, trainer: Any) -> None:
         # A batch that ran out of memory is tried again with fewer images, and its end was never reached.
         self._leave(GeneratorExit())
-        self._enter(self._checker.training_step())
+        self._enter(self._checker.training_step(batch=self.failing_batch))
 
     @_contained
     def _val_batch_start(self, validator: Any) -> None:

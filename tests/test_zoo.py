@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules import module as hooks
 from zoo.__main__ import is_bad, sampled
 from zoo.recipe import Recipe, Training, classifier
 from zoo.trial import tried
@@ -51,7 +50,7 @@ def test_other_training_is_bad():
     class Sensitive(Training):
         def step(self, precision):
             with torch.no_grad():
-                self.model[0].bias += len(hooks._global_forward_hooks)
+                self.model[0].bias += "importlib" in torch.autocast.__enter__.__code__.co_filename
             return super().step(precision)
 
     def build() -> Training:

@@ -33,6 +33,7 @@ def compare(
     select: str | Iterable[str] = (),
     ignore: str | Iterable[str] = (),
     fail_on: str = "never",
+    trusted: bool = False,
 ) -> Report:
     """Run ``eager`` and its export on the same inputs, and say whether and in which module they part.
 
@@ -51,13 +52,15 @@ def compare(
     gradients, in the mode (training or evaluation) and under the autocast setting they are found in; buffers and
     random state are put back.
 
+    A ``.pt2`` file can run code when PyTorch loads it, and is loaded only where it is said to be ``trusted``.
+
     The comparison is ``report.comparison``. Raises ``ValueError`` with one sentence for inputs or files that cannot
     be compared, and ``FindingsError`` where a finding reaches ``fail_on``.
     """
     rules = [rule for rule in selected(select, ignore) if "comparison" in rule.needs]
     limit = threshold(fail_on)
     eager = unwrapped(eager)
-    opened = opened_export(exported, eager)
+    opened = opened_export(exported, eager, trusted=trusted)
     example = Inputs.of(inputs)
     own = [Inputs.of(given, f"given inputs {index}") for index, given in enumerate(fresh_inputs, 1)]
     for given in (example, *own):

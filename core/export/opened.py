@@ -19,16 +19,17 @@ from ampcheck.export.values import Inputs
 from ampcheck.walk import dtype_name, module_names
 
 
-def opened_export(exported: object, eager: nn.Module) -> Exported:
-    """The exported model behind an object or a path, with the names of ``eager``. Raises ``ValueError``."""
-    opened = _opened(exported)
+def opened_export(exported: object, eager: nn.Module, *, trusted: bool) -> Exported:
+    """The exported model behind an object or a path, with the names of ``eager``. Raises ``ValueError``, and so for a
+    file that runs code when it is loaded, unless it is ``trusted``."""
+    opened = _opened(exported, trusted)
     first = module_names(eager)
     opened.names = {name: first[id(module)] for name, module in eager.named_modules(remove_duplicate=False)}
     opened.parameters = tuple(inspect.signature(eager.forward).parameters)
     return opened
 
 
-def _opened(exported: object) -> Exported:
+def _opened(exported: object, trusted: bool) -> Exported:
     if isinstance(exported, torch.jit.ScriptModule):
         return TorchScript(exported)
     if isinstance(exported, ExportedProgram):
@@ -46,6 +47,11 @@ def _opened(exported: object) -> Exported:
         raise ValueError(f"there is no file {str(path)!r}")
     if path.suffix == ".onnx":
         return _onnx(path)
+    if path.suffix == ".pt2" and not trusted:
+        raise ValueError(
+            f"{str(path)!r} can run code when it is loaded, since torch.export.load reads pickles: say that it is "
+            "trusted, by `trusted=True` or `--trusted`"
+        )
     try:
         with quiet():
             return Program(torch.export.load(path)) if path.suffix == ".pt2" else TorchScript(torch.jit.load(str(path)))

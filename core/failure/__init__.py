@@ -15,7 +15,7 @@ from ampcheck.failure.dtypes import FLOATING, canonical
 from ampcheck.failure.frames import Place, callers, chain, inner, phase_of, places, root_of, sites
 from ampcheck.failure.operands import Naming, describe, find_operation, from_message, own_tensors
 from ampcheck.failure.scaling import low_precision_gradients, missing_gradients, scaler_argument, stage
-from ampcheck.failure.signatures import SIGNATURES, Signature
+from ampcheck.failure.signatures import OF_THE_GRAPH, SIGNATURES, Signature
 from ampcheck.failure.surroundings import (
     autocast_regions,
     crossed_thread,
@@ -26,7 +26,7 @@ from ampcheck.failure.surroundings import (
 from ampcheck.trace import Failure
 from ampcheck.walk import module_names, unwrapped
 
-__all__ = ["SIGNATURES", "Signature", "examine"]
+__all__ = ["OF_THE_GRAPH", "SIGNATURES", "Signature", "examine"]
 
 # Not failures of the numbers, whatever else the program was handling when they came.
 _NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.cuda.OutOfMemoryError)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ampcheck.source import is_library, is_ours, is_torch, site_of
+from ampcheck.source import is_library, is_ours, is_torch, remember_source, site_of
 from ampcheck.trace import Role, Site
 
 Span = tuple[int, int, int, int]
@@ -111,6 +111,7 @@ def _file(frame: FrameType) -> str:
 
 def _place(frame: FrameType, line: int, lasti: int) -> Place:
     code = frame.f_code
+    remember_source(code.co_filename, frame.f_globals)
     names = dict(frame.f_locals)
     receiver = names.get(code.co_varnames[0]) if code.co_argcount else None
     if receiver is not None and code.co_varnames[0] != "self" and not _is_method(code, type(receiver)):

@@ -368,3 +368,8 @@ AUTOGRAD = (
 )
 
 SIGNATURES: tuple[Signature, ...] = AUTOCAST_ARGUMENT + SCALER + AUTOGRAD + DTYPES
+
+OF_THE_GRAPH = frozenset(
+    {"saved-tensor-modified", "multi-view-modified", "viewed-base-modified", "inference-tensor", "no-graph"}
+)
+"""Kinds of failures whose cause lies in what was called before: its lines are known to a log of the step alone."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from ampcheck.probes.containment import as_caller, contained, hide_frame
+from ampcheck.probes.containment import contained
+from ampcheck.probes.listening import Listening
 from ampcheck.source import entered_by_user, region_site
 from ampcheck.trace import AutocastRegion, AutocastState, described
 from ampcheck.walk import dtype_name
@@ -33,9 +33,8 @@ def _state(device_type: str, enabled: bool, dtype: torch.dtype, cache: bool) -> 
 class AutocastProbe:
     """Records every ``torch.autocast`` region entered while it is active, in any thread.
 
-    ``torch.autocast`` offers no hook, so its three methods are wrapped on the class and put back on exit. Regions
-    that compiled code enters do not pass through them and are not seen. While ``waiting`` for a step it keeps only
-    the regions that are open.
+    Regions that compiled code enters are not seen. While ``waiting`` for a step it keeps only the regions that are
+    open. ``local.stack`` holds, in each thread, the indices of the regions that it is in, outermost first.
     """
 
     def __init__(self) -> None:
@@ -44,10 +43,12 @@ class AutocastProbe:
         self.waiting = False
         self._open = 0
         self.cache_cleared = False
-        self._clear = torch.clear_autocast_cache
+        self.left: int | None = None
+        """The node that would have been next when a region was left that was entered before the probe was."""
+        self._spans: list[Span] = []
+        self._listening = Listening()
         self._requested: weakref.WeakKeyDictionary[torch.autocast, bool] = weakref.WeakKeyDictionary()
-        self._local = _Local()
-        self._originals: dict[str, Any] = {}
+        self.local = _Local()
 
     @property
     def current(self) -> int | None:
@@ -60,76 +61,42 @@ class AutocastProbe:
         """The regions the running thread is in, innermost first."""
         return (self.regions[index] for index in reversed(self._stack))
 
+    def at(self, sequence: int, device_type: str) -> Span | None:
+        """The innermost region for ``device_type`` in which the running thread made the node of this sequence
+        number."""
+        thread = threading.get_ident()
+        inside = (span for span in self._spans if span.thread == thread and span.around(sequence))
+        return max((span for span in inside if span.region.is_for(device_type)), key=_since, default=None)
+
     def forget(self) -> None:
         """Let go of the regions that ended, unless one is open still."""
         if not self._open:
             self.regions.clear()
+            self._spans.clear()
 
     @property
     def _stack(self) -> list[int]:
-        return self._local.stack
+        return self.local.stack
 
     def __enter__(self) -> AutocastProbe:
-        self.regions, self._local, self._open = [], _Local(), 0
-        cls = torch.autocast
-        self._originals = {name: cls.__dict__[name] for name in ("__init__", "__enter__", "__exit__")}
-        init, enter, leave = self._originals.values()
-        probe = self
-
-        @functools.wraps(init)
-        def __init__(self: torch.autocast, *args: Any, **kwargs: Any) -> None:
-            try:
-                as_caller(sys._getframe(1))(init, self, *args, **kwargs)
-            except BaseException as error:
-                hide_frame(error)
-                hide_frame(error)
-                if sys.version_info < (3, 11):
-                    # A bare `raise` would bring back both.
-                    raise error
-                raise
-            probe._made(self, *args, **kwargs)
-
-        @functools.wraps(enter)
-        def __enter__(self: torch.autocast) -> Any:
-            result = enter(self)
-            try:
-                probe._entered(self)
-            except BaseException:
-                # An interrupt: no `with` block was begun that would leave the region.
-                leave(self, None, None, None)
-                raise
-            return result
-
-        @functools.wraps(leave)
-        def __exit__(self: torch.autocast, *exc: Any) -> Any:
-            try:
-                probe._left(*exc)
-            finally:
-                left = leave(self, *exc)
-            return left
-
-        for wrapper in (__init__, __enter__, __exit__):
-            setattr(cls, wrapper.__name__, wrapper)
-        clear = self._clear = torch.clear_autocast_cache
-
-        @functools.wraps(clear)
-        def clear_autocast_cache() -> None:
-            self._cleared()
-            clear()
-
-        torch.clear_autocast_cache = clear_autocast_cache
+        self.regions, self.local, self._open, self._spans = [], _Local(), 0, []
+        self.left = None
+        cls: Any = torch.autocast
+        self._listening.to(cls.__init__, after=self._made)
+        self._listening.to(cls.__enter__, after=self._did_enter)
+        self._listening.to(cls.__exit__, before=self._will_leave)
+        self._listening.to_attribute(torch, "clear_autocast_cache", _clearing, self._cleared)
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for name, original in self._originals.items():
-            setattr(torch.autocast, name, original)
-        torch.clear_autocast_cache = self._clear
+        self._listening.end()
 
     @contained
     def _made(
         self,
+        result: None,
         region: torch.autocast,
         device_type: str,
         dtype: torch.dtype | None = None,
@@ -143,15 +110,36 @@ class AutocastProbe:
         # The end of an outermost region clears the cache too, when the stack is empty already.
         self.cache_cleared = self.cache_cleared or self.current is not None
 
+    def _will_leave(self, region: torch.autocast, *exc: Any) -> None:
+        try:
+            self._left(*exc)
+        except BaseException:
+            # An interrupt: the region must be left all the same.
+            self.error = self.error or RuntimeError("interrupted")
+            region.__exit__(*exc)
+            raise
+
     @contained
     def _left(self, kind: Any = None, error: BaseException | None = None, traceback: Any = None) -> None:
+        if not self._stack and self.left is None:
+            self.left = _sequence_nr()
         if self._stack:
             index = self._stack.pop()
+            self._spans[index].until = _sequence_nr()
             self._open -= 1
             if error is not None:
                 self.regions[index] = dataclasses.replace(self.regions[index], left_by=described(error))
         if self.waiting:
             self.forget()
+
+    def _did_enter(self, result: Any, region: torch.autocast) -> None:
+        try:
+            self._entered(region)
+        except BaseException:
+            # An interrupt: no `with` block was begun that would leave the region.
+            self.error = self.error or RuntimeError("interrupted")
+            region.__exit__(None, None, None)
+            raise
 
     @contained
     def _entered(self, region: torch.autocast) -> None:
@@ -172,8 +160,34 @@ class AutocastProbe:
                 by_user=entered_by_user(),
             )
         )
+        self._spans.append(Span(self.regions[index], threading.get_ident(), _sequence_nr()))
         self._stack.append(index)
         self._open += 1
+
+
+@dataclasses.dataclass
+class Span:
+    """The nodes that were made in a region, by their sequence numbers in its thread."""
+
+    region: AutocastRegion
+    thread: int
+    since: int
+    until: int | None = None
+
+    def around(self, sequence: int) -> bool:
+        return self.since <= sequence and (self.until is None or sequence < self.until)
+
+    @property
+    def state(self) -> AutocastState:
+        region = self.region
+        return AutocastState(region.device_type.partition(":")[0], region.enabled, region.dtype, region.cache)
+
+
+def _since(span: Span) -> int:
+    return span.since
+
+
+_sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
 class _Local(threading.local):
@@ -184,3 +198,13 @@ class _Local(threading.local):
 
 
 _DEPRECATED = (torch.cuda.amp.autocast_mode.autocast, torch.cpu.amp.autocast_mode.autocast)
+
+
+def _clearing(clear: Callable[[], None], listeners: list[Any]) -> Callable[[], None]:
+    @functools.wraps(clear)
+    def clear_autocast_cache() -> None:
+        for _, cleared in listeners:
+            cleared()
+        clear()
+
+    return clear_autocast_cache

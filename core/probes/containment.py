@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from types import FrameType, FunctionType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -34,6 +33,9 @@ def contained(callback: Callable[Concatenate[S, P], Any]) -> Callable[Concatenat
             return
         try:
             callback(self, *args, **kwargs)
+        except RecursionError:
+            # The program is at the last frame that the limit allows: it is not our fault, nor need it be its own.
+            return
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
             self.error = bare(error)
 
@@ -55,17 +57,6 @@ def bare(error: Exception) -> Exception:
     """``error`` to be kept: without the frames that it came through, which hold the model and its tensors."""
     error.__traceback__ = error.__context__ = None
     return error
-
-
-# On one line, so that all of its code is on the line it is moved to.
-_CALL = lambda function, *args, **kwargs: function(*args, **kwargs)  # noqa: E731
-
-
-def as_caller(frame: FrameType) -> Callable[..., Any]:
-    """A function that calls ``function(*args, **kwargs)`` as the line that ``frame`` is on would: a warning that is to
-    be told of the caller names that line, and is told as often as the filters of its module say."""
-    code = _CALL.__code__.replace(co_filename=frame.f_code.co_filename, co_firstlineno=frame.f_lineno)
-    return FunctionType(code, frame.f_globals)
 
 
 def hide_frame(error: BaseException) -> None:

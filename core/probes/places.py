@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from ampcheck.source import is_library, is_ours, is_torch, site_of
+import torch
+
+from ampcheck.source import is_library, is_ours, is_torch, remember_source, site_of
 from ampcheck.trace import Role, Site, Writer
 
 _USER, _LIBRARY, _PYTORCH, _OPTIMIZER, _DATA_PARALLEL, _SHARDING, _CHECKPOINT, _ENGINE = range(8)
@@ -93,12 +95,15 @@ class Places:
         return place
 
     def find_step(self, frame: FrameType | None) -> Place:
-        """The place of ``frame``; inside an optimizer, whoever wrote it, the line that called its ``step``."""
-        inner, place = frame, self.find(frame)
+        """The place of ``frame``; inside an optimizer, whoever wrote it, the line that called its ``step``. What an
+        optimizer's closure writes is the closure's: between the two is a call that is no method of the optimizer."""
+        inner, place, called = frame, self.find(frame), frame
         while inner is not None:
             if self.kind(inner.f_code) == _OPTIMIZER:
-                return self.find(inner)
-            inner = inner.f_back
+                return self.find(inner) if called is None or _is_of_optimizer(called) else place
+            called, inner = inner, inner.f_back
+            if self.kind(called.f_code) == _ENGINE or _is_module_call(called.f_code):
+                return place
         return place
 
     def in_checkpoint(self, frame: FrameType | None) -> bool:
@@ -128,8 +133,20 @@ class Places:
         return kind
 
 
+def _is_of_optimizer(frame: FrameType) -> bool:
+    code = frame.f_code
+    return code.co_argcount > 0 and isinstance(frame.f_locals.get(code.co_varnames[0]), torch.optim.Optimizer)
+
+
+def _is_module_call(code: CodeType) -> bool:
+    return code.co_name == "_call_impl" and code.co_filename.endswith("module.py")
+
+
 def _instruction(frame: FrameType | None) -> Instruction | None:
-    return (frame.f_code, frame.f_lasti) if frame is not None else None
+    if frame is None:
+        return None
+    remember_source(frame.f_code.co_filename, frame.f_globals)
+    return frame.f_code, frame.f_lasti
 
 
 def _instruction_key(frame: FrameType | None) -> tuple[int, int]:

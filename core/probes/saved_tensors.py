@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ampcheck.autograd import nodes_behind
-from ampcheck.probes.writes import GraphOp, Overwrite, WriteProbe, is_copy_slices, op_name, saved_slots, slot_value
+from ampcheck.autograd import nodes_behind, saved_slots, slot_value
+from ampcheck.probes.log import GraphLog, GraphOp, Overwrite, is_copy_slices, op_name
+from ampcheck.probes.writes import WriteProbe
 from ampcheck.trace import GraphTrace, StaleTensor
 from ampcheck.walk import dtype_name
 
@@ -23,23 +24,24 @@ def graph_trace(probe: WriteProbe, error: BaseException | None = None, *, replay
     """What ``probe`` saw, with the stale tensors behind ``error``. Raises the first error of the probe."""
     if probe.error is not None:
         raise probe.error
+    log = probe.log
     roots = _roots(error) if error is not None else ()
-    cut = [probe.cut(root) for root in roots if not root.requires_grad]
-    found = stale_tensors(error, probe) if error is not None else ()
+    cut = [log.cut(root) for root in roots if not root.requires_grad]
+    found = stale_tensors(error, log) if error is not None else ()
     return GraphTrace(
-        (*found, *probe.silent.values()),
-        tuple(probe.unchecked.values()),
-        probe.views(),
-        probe.inference(),
-        probe.backwards(),
+        (*found, *log.stale.values()),
+        tuple(log.unchecked.values()),
+        log.views(),
+        log.inference(),
+        log.backwards(),
         tuple(site for site in cut if site is not None),
-        probe.hooked,
+        log.hooked,
         replay,
-        probe.written_views(),
+        log.written_views(),
     )
 
 
-def stale_tensors(error: BaseException, probe: WriteProbe) -> tuple[StaleTensor, ...]:
+def stale_tensors(error: BaseException, log: GraphLog) -> tuple[StaleTensor, ...]:
     """All stale tensors of the graph on which backward raised ``error``; the one it raised for comes first.
 
     Each slot of each node is asked for its tensor, as backward would ask: PyTorch's own check names the stale ones.
@@ -48,17 +50,17 @@ def stale_tensors(error: BaseException, probe: WriteProbe) -> tuple[StaleTensor,
     found: list[tuple[int, int, StaleTensor]] = []
     hidden: list[tuple[int, int, StaleTensor]] = []
     for node in nodes_behind(_roots(error)):
-        op = probe.op_of(node)
+        op = log.op_of(node)
         if op is not None and op.hooks:
             continue
         if op is not None and is_copy_slices(node):
-            hidden += [(rank, op.sequence, stale) for rank, stale in _behind(node, op, str(error), probe)]
+            hidden += [(rank, op.sequence, stale) for rank, stale in _behind(node, op, str(error), log)]
         for slot, raw in saved_slots(node):
             try:
                 slot_value(node, slot)
             except RuntimeError as stale:
                 if _VERSIONS.search(str(stale)):
-                    tensor = _stale_tensor(node, slot, raw, str(stale), op, probe)
+                    tensor = _stale_tensor(node, slot, raw, str(stale), op, log)
                     found.append((str(stale) == str(error), node._sequence_nr(), tensor))
     if not any(raised for raised, _, _ in found):
         found += hidden
@@ -78,21 +80,21 @@ def _roots(error: BaseException) -> tuple[torch.Tensor, ...]:
     return roots
 
 
-def _stale_tensor(node: Any, slot: str, raw: Any, message: str, op: GraphOp | None, probe: WriteProbe) -> StaleTensor:
+def _stale_tensor(node: Any, slot: str, raw: Any, message: str, op: GraphOp | None, log: GraphLog) -> StaleTensor:
     saved, found = _versions(message)
     shape = _shape(message)
     candidates = [_identity(saved_tensor, message) for saved_tensor in (raw if isinstance(raw, tuple) else (raw,))]
     identity = next((c for c in candidates if c and c[1] == found and shape in (None, c[2])), None)
     if identity is None and op is not None:
         # A leaf that became part of a graph by the write shows itself to no hook.
-        written = _written(probe, op, saved, found)
+        written = _written(log, op, saved, found)
         key, writes = next(iter(written.items())) if len(written) == 1 else (None, [])
         dtype = dtype_name(writes[0].dtype) if writes else ""
     else:
         key, _, shape, dtype = identity or (None, found, shape, "")
-        writes = _counted(probe, key, op, saved, found)
+        writes = _counted(log, key, op, saved, found)
     name = "saved_tensors" if slot == "tensors" else slot
-    return probe.told(op, node, name, key, dtype, shape or (), writes, versions=(saved, found))
+    return log.told(op, node, name, key, dtype, shape or (), writes, versions=(saved, found))
 
 
 def _identity(saved: Any, message: str) -> tuple[int, int, tuple[int, ...], str] | None:
@@ -115,26 +117,26 @@ def _identity(saved: Any, message: str) -> tuple[int, int, tuple[int, ...], str]
     return seen[0] if seen else None
 
 
-def _behind(node: Any, op: GraphOp, message: str, probe: WriteProbe) -> Iterator[tuple[int, StaleTensor]]:
+def _behind(node: Any, op: GraphOp, message: str, log: GraphLog) -> Iterator[tuple[int, StaleTensor]]:
     """What is stale in the node that an in-place op on a view hides: of the storages the op used, those that were
     written as often since as the message says. Those rank higher whose op made what the message names, then those of
     the shape it says, and then those that were written after the op."""
     if not _VERSIONS.search(message):
         return
     saved, found = _versions(message)
-    for key, writes in _written(probe, op, saved, found).items():
+    for key, writes in _written(log, op, saved, found).items():
         dtype = dtype_name(writes[0].dtype)
-        stale = probe.told(op, node, None, key, dtype, _shape(message) or (), writes, versions=(saved, found))
-        own = [write for write in probe.writes(key, op.event - 1) if write.event == op.event]
+        stale = log.told(op, node, None, key, dtype, _shape(message) or (), writes, versions=(saved, found))
+        own = [write for write in log.writes(key, op.event - 1) if write.event == op.event]
         fits = any(write.layout[1] == _shape(message) for write in own)
         made = _NODE.search(message)
         named = made is not None and made[1].lower() == op_name(op.func).rpartition("::")[2].strip("_").replace("_", "")
         yield 4 * named + 2 * fits + any(write.event > op.event for write in writes), stale
 
 
-def _written(probe: WriteProbe, op: GraphOp, saved: int, found: int) -> dict[int, list[Overwrite]]:
+def _written(log: GraphLog, op: GraphOp, saved: int, found: int) -> dict[int, list[Overwrite]]:
     """Of the storages that ``op`` used, those written from version ``saved`` to ``found``, with the writes."""
-    counted = {key: _counted(probe, key, op, saved, found) for key in op.keys}
+    counted = {key: _counted(log, key, op, saved, found) for key in op.keys}
     written = {
         key: writes
         for key, writes in counted.items()
@@ -157,8 +159,8 @@ def _shape(message: str) -> tuple[int, ...] | None:
     return tuple(int(n) for n in match[1].split(",") if n.strip()) if match else None
 
 
-def _counted(probe: WriteProbe, key: int | None, op: GraphOp | None, saved: int, found: int) -> list[Overwrite]:
+def _counted(log: GraphLog, key: int | None, op: GraphOp | None, saved: int, found: int) -> list[Overwrite]:
     """The writes that took a tensor from version ``saved`` to ``found``."""
     # `x.mul_(x)` saves what it writes to itself.
-    writes = probe.writes(key, op.event - 1 if op else 0)
+    writes = log.writes(key, op.event - 1 if op else 0)
     return [write for write in writes if write.version is not None and saved <= write.version < found]

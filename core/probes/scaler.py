@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import GeneratorType, TracebackType
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ampcheck.autograd import leaves_behind, nodes_behind, tensors_in
-from ampcheck.probes.containment import contained, hide_frame
+from ampcheck.probes.containment import contained
+from ampcheck.probes.listening import Listening
 from ampcheck.source import calling_site
 from ampcheck.trace import ScalerCall, Site
 
@@ -39,9 +38,7 @@ class _Event:
 class ScalerProbe:
     """Records, while it is active, the calls of enabled gradient scalers, of ``backward`` and of gradient clipping.
 
-    None of them offers a hook, so the scaler's methods, ``torch.autograd.backward`` and the two clipping functions
-    (under every module that imported them) are wrapped, and put back on exit. No tensor is kept, only the graph nodes
-    that scaling made.
+    No tensor is kept, only the graph nodes that scaling made.
     """
 
     def __init__(self) -> None:
@@ -53,8 +50,7 @@ class ScalerProbe:
         self._unscaled: set[int] = set()
         self._stepped: set[int] = set()
         self._scale_was_read = False
-        self._originals: list[tuple[Any, str, Any]] = []
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._listening = Listening()
 
     @property
     def calls(self) -> tuple[ScalerCall, ...]:
@@ -74,70 +70,23 @@ class ScalerProbe:
 
     def __enter__(self) -> ScalerProbe:
         scaler = torch.amp.GradScaler
-        self._replace(scaler, "scale", self._wrapped(scaler.scale, after=self._did_scale))
-        self._replace(scaler, "get_scale", self._wrapped(scaler.get_scale, after=self._did_read_scale))
-        self._replace(scaler, "unscale_", self._wrapped(scaler.unscale_, after=self._did_unscale))
-        self._replace(scaler, "step", self._wrapped(scaler.step, before=self._will_step, after=self._did_step))
-        self._replace(scaler, "update", self._wrapped(scaler.update, after=self._did_update))
-        backward = torch.autograd.backward
-        self._replace(torch.autograd, "backward", self._wrapped(backward, before=self._will_go_back))
+        listening = self._listening
+        listening.to(scaler.scale, after=self._did_scale)
+        listening.to(scaler.get_scale, after=self._did_read_scale)
+        listening.to(scaler.unscale_, after=self._did_unscale)
+        listening.to(scaler.step, before=self._will_step, after=self._did_step)
+        listening.to(scaler.update, after=self._did_update)
+        listening.to(torch.autograd.backward, before=self._will_go_back)
+        listening.to(torch.optim.Optimizer._optimizer_step_code, before=self._did_optimize)
         for name in _CLIPPING:
-            original = getattr(torch.nn.utils, name)
-            clip = self._clipping(original)
-            for module in list(sys.modules.values()):
-                if getattr(module, "__dict__", {}).get(name) is original:
-                    self._replace(module, name, clip)
-        self._hook = register_optimizer_step_post_hook(self._did_optimize)
+            listening.to(inspect.unwrap(getattr(torch.nn.utils, name)), before=self._will_clip)
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        for owner, name, original in reversed(self._originals):
-            setattr(owner, name, original)
-        self._originals.clear()
+        self._listening.end()
         self._scaled_nodes.clear()
-
-    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        self._originals.append((owner, name, vars(owner)[name]))
-        setattr(owner, name, wrapper)
-
-    def _wrapped(
-        self,
-        original: Callable[..., Any],
-        before: Callable[..., None] | None = None,
-        after: Callable[..., None] | None = None,
-    ) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                before(*args, **kwargs)
-            try:
-                result = original(*args, **kwargs)
-            except BaseException as error:
-                hide_frame(error)
-                raise
-            if after is not None:
-                after(result, *args, **kwargs)
-            return result
-
-        return call
-
-    def _clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-            # A generator of parameters can be read once only.
-            held = parameters if isinstance(parameters, (torch.Tensor, list, tuple)) else list(parameters)
-            self._will_clip(held)
-            try:
-                return original(held, *args, **kwargs)
-            except BaseException as error:
-                hide_frame(error)
-                raise
-
-        return clip
 
     @contained
     def _did_scale(self, result: Any, scaler: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +131,7 @@ class ScalerProbe:
             self._events.append(_Event("update", calling_site()))
 
     @contained
-    def _did_optimize(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _did_optimize(self, optimizer: torch.optim.Optimizer) -> None:
         self._stepped.add(id(optimizer))
 
     @contained
@@ -205,8 +154,17 @@ class ScalerProbe:
                 for later in since[index:]:
                     later.scaled = not later.by_hand if later.op == "clip" else later.scaled
 
+    def _will_clip(self, parameters: Any, *args: Any, **_: Any) -> tuple[Any, ...] | None:
+        if not isinstance(parameters, GeneratorType):
+            self._clips(parameters)
+            return None
+        # It can be read once only.
+        held = list(parameters)
+        self._clips(held)
+        return ((parameter for parameter in held), *args)
+
     @contained
-    def _will_clip(self, parameters: Any) -> None:
+    def _clips(self, parameters: Any) -> None:
         tensors = frozenset(id(tensor) for tensor in _listed(parameters) if isinstance(tensor, torch.Tensor))
         since = self._since_update()
         by_hand = self._scale_was_read

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import sys
 import threading
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from ampcheck.autograd import active_hooks, saved_slots, slot_value
+from ampcheck.probes.aliases import data_property
 from ampcheck.probes.containment import bare, contained, hide_frame
+from ampcheck.probes.listening import Listening
+from ampcheck.probes.log import (
+    Derived,
+    GraphLog,
+    GraphOp,
+    Hooks,
+    Overwrite,
+    layout_of,
+    op_name,
+    storage_key,
+    tensors_among,
+)
+from ampcheck.probes.modes import alone, put_on, taken_off, tracing
 from ampcheck.probes.places import Place, Places
-from ampcheck.trace import Silent, Site, StaleTensor, UncheckedSave, Write
-from ampcheck.walk import dtype_name, module_names, plain_name, unwrapped
+from ampcheck.trace import Silent, StaleTensor, UncheckedSave
+from ampcheck.walk import dtype_name, hooked_modules, plain_name, unwrapped
 
 _AUTOGRAD: Any = torch._C._autograd
 _sequence_nr: Callable[[], int] = _AUTOGRAD._get_sequence_nr
@@ -37,62 +50,10 @@ _grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 
 _inference_mode: Callable[[], bool] = torch.is_inference_mode_enabled
 
-_SEVERAL_VIEWS = frozenset({"aten::split", "aten::split_with_sizes", "aten::unbind"})
-
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 
-Layout = tuple[int, tuple[int, ...], tuple[int, ...]]
-Hooks = Callable[..., Any] | bool
 Compared = tuple["Overwrite", torch.Tensor, torch.Tensor]
 Observed = tuple["GraphOp | None", Sequence[Compared]]
-
-
-class GraphOp:
-    """An op that made an autograd node; for a custom function, the first op inside it. ``keys`` are the storages it
-    took (the first ``taken``) and returned, ``hooks`` the pack hook under which its tensors were saved (true: one that
-    cannot be told)."""
-
-    __slots__ = ("event", "func", "hooks", "keys", "module", "on_view", "place", "sequence", "taken")
-
-    def __init__(self, event: int, sequence: int, func: Any, place: Place, module: str | None, hooks: Hooks) -> None:
-        self.event = event
-        self.sequence = sequence
-        self.func = func
-        self.keys: tuple[int, ...] = ()
-        self.taken = 0
-        self.on_view = False
-        self.place = place
-        self.module = module
-        self.hooks = hooks
-
-
-class Overwrite:
-    """A write to a storage. ``version`` is the target's before it and ``after`` the one it gives; ``layout`` is offset,
-    shape and strides in elements of ``dtype``; ``changed`` whether the content differs (``None``: not compared)."""
-
-    __slots__ = ("after", "changed", "dtype", "event", "layout", "module", "op", "place", "version")
-
-    def __init__(self, event: int, op: str, place: Place, module: str | None, target: torch.Tensor) -> None:
-        self.event = event
-        self.op = op
-        self.place = place
-        self.module = module
-        self.version = None if target.is_inference() else target._version
-        self.after = None if self.version is None else self.version + 1
-        self.layout = _layout(target)
-        self.dtype = target.dtype
-        self.changed: bool | None = None
-
-    def told(self) -> Write:
-        return Write(
-            self.op,
-            self.place.site("write", module=self.module, op=self.op),
-            self.place.library_site("write", module=self.module, op=self.op),
-            self.place.writer,
-            self.version,
-            self.after,
-            self.layout[1],
-        )
 
 
 class _Known(NamedTuple):
@@ -111,16 +72,6 @@ class _Given(NamedTuple):
     before: torch.Tensor | None
 
 
-class _Derived(NamedTuple):
-    """What the tensors of a storage were computed from, by which call. ``cut``: the call left the graph behind."""
-
-    op: str
-    place: Place
-    module: str | None
-    sources: tuple[int, ...]
-    cut: bool
-
-
 class _Stepping(NamedTuple):
     """An optimizer step under way: the parameters that nodes have used, with their versions and a few elements.
     ``blind``: the probe does not look."""
@@ -132,17 +83,16 @@ class _Stepping(NamedTuple):
 
 
 class WriteProbe(TorchDispatchMode):
-    """Logs, in the thread that entered it and in the backward passes that this thread starts:
+    """Fills a log, in the thread that entered it and in the backward passes that this thread starts, with
 
-    - each op that makes an autograd node, by the node's sequence number: call, module, the storages it saw,
-    - each write (told by the op's schema): op, call, module, the version of the target,
+    - each op that makes an autograd node: call, module, the storages it saw,
+    - each write (told by the op's schema, or by the assignment of ``data``): op, call, module, the target's version,
     - each saved tensor that backward reads although it was overwritten after the save. PyTorch's own check, which
       stays in force, has passed it: the write went past the version counter, or saved-tensor hooks are in the way.
 
-    No tensor is held. Storages are held by weak references, which keep an address from being used again, but not the
-    memory. Of what is computed in a forward pass without a node it logs what it was computed from, so as to tell where
-    a loss lost its graph. The mode lies at the bottom of the stack of dispatch modes, so that it can be entered and
-    left at any two moments, whatever ``with`` blocks of others begin and end in between.
+    For a step that is run again and thrown away: below a mode some ops compute other bits. The mode lies at the bottom
+    of the stack of dispatch modes, so that it can be entered and left at any two moments, whatever ``with`` blocks of
+    others begin and end in between.
     """
 
     supports_higher_order_operators = True
@@ -159,21 +109,13 @@ class WriteProbe(TorchDispatchMode):
     def __init__(self, model: nn.Module, current_module: Callable[[], str | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.error: Exception | None = None
-        self.silent: dict[tuple[int, int], StaleTensor] = {}
-        self.unchecked: dict[Any, UncheckedSave] = {}
-        self.hooked: tuple[str, ...] = ()
+        self.log = GraphLog()
         self._current_module = current_module
         self._places = Places()
         self._known: dict[int, _Known] = {}
         self._event = 0
         self._sequences: dict[int, int] = {}
-        self._ops: dict[int, GraphOp] = {}
         self._latest: dict[int, GraphOp] = {}
-        self._made: dict[int, GraphOp] = {}
-        # Arrays of numbers cost the garbage collector nothing, which lists of ops would, and more than all the rest.
-        self._users: dict[int, array[int]] = {}
-        self._writes: dict[int, list[Overwrite]] = {}
-        self._pinned: dict[int, int] = {}
         self._suspects: set[int] = set()
         self._shared: set[int] = set()
         self._task = -1
@@ -182,30 +124,28 @@ class WriteProbe(TorchDispatchMode):
         self._packed = False
         self._unmarked: list[tuple[weakref.ref[torch.Tensor], int, Overwrite]] = []
         self._contents: dict[tuple[int, ...], float] = {}
-        self._derived: dict[int, _Derived] = {}
-        self._backwards: dict[int, Place] = {}
-        self._inference: dict[Place, None] = {}
         self._stepping: _Stepping | None = None
         self._handles: list[Any] = []
-        self._names: dict[int, tuple[str, bool]] = {}
+        self._listening = Listening()
+        self._moved: dict[int, tuple[int, Overwrite]] = {}
         _allow_higher_order_ops()
         with torch._C.DisableTorchFunction():
             self._name(unwrapped(model))
 
     def _name(self, model: nn.Module) -> None:
-        names = module_names(model)
-        self.hooked += tuple(names[id(module)] for module in model.modules() if _has_backward_hooks(module))
+        self.log.hooked = hooked_modules(model)
         for buffer, tensors in ((True, model.named_buffers()), (False, model.named_parameters())):
             for name, tensor in tensors:
-                key = _key(tensor)
+                key = storage_key(tensor)
                 if key is not None:
-                    self._names[key] = (plain_name(name), buffer)
+                    self.log.names[key] = (plain_name(name), buffer)
 
     def __enter__(self) -> WriteProbe:
         self._thread = threading.get_ident()
         self._sequences[self._thread] = _sequence_nr()
         self._handles = [register_optimizer_step_pre_hook(self._before_step)]
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        self._listening.to_attribute(torch.Tensor, "data", data_property, (None, self._assigns))
         self._push()
         return self
 
@@ -214,23 +154,24 @@ class WriteProbe(TorchDispatchMode):
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._listening.end()
         self._stepping = None
         self._pop()
 
     def _push(self) -> None:
-        others = _take_modes_above(None)
+        others = taken_off(None)
         torch._C._push_on_torch_dispatch_stack(self)
-        _put_modes(others)
+        put_on(others)
 
     def _pop(self) -> None:
-        _put_modes(_take_modes_above(self))
+        put_on(taken_off(self))
 
     def apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that would compute something else below a dispatch mode; it is logged as one op."""
         given: list[_Given] = []
         aside = False
         try:
-            if not _tracing():
+            if not tracing():
                 self._note(func, args, kwargs, given)
                 aside = self._step_aside()
         except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
@@ -247,34 +188,6 @@ class WriteProbe(TorchDispatchMode):
             self._log_apart(func, given, output)
         return output
 
-    def apart_in_backward(self, node: Any) -> None:
-        """Let backward pass without this mode, below which formulas would be others, through ``node`` and all that the
-        same call made."""
-        op = self.op_of(node)
-        pending, seen = [node], set()
-        while pending:
-            one = pending.pop()
-            if one is None or one in seen or op is None or self._ops.get(one._sequence_nr()) is not op:
-                continue
-            seen.add(one)
-            pending += [following for following, _ in one.next_functions]
-            asides: list[bool] = []
-            self._handles.append(one.register_prehook(functools.partial(self._enter_node, one, asides)))
-            self._handles.append(one.register_hook(functools.partial(self._leave_node, asides)))
-
-    @contained
-    def _enter_node(self, node: Any, asides: list[bool], *_: Any) -> None:
-        op = self.op_of(node)
-        if op is not None and not op.hooks and not _tracing():
-            with _alone(), contextlib.suppress(RuntimeError):
-                self._check_use([slot_value(node, slot) for slot, _ in saved_slots(node)], node)
-        asides.append(self._step_aside())
-
-    @contained
-    def _leave_node(self, asides: list[bool], *_: Any) -> None:
-        if asides and asides.pop():
-            self._step_back()
-
     def _step_aside(self) -> bool:
         depth = torch._C._len_torch_dispatch_stack()
         active = any(torch._C._get_dispatch_stack_at(index) is self for index in range(depth))
@@ -290,12 +203,12 @@ class WriteProbe(TorchDispatchMode):
         overloads: Sequence[str] = func.overloads() if isinstance(func, torch._ops.OpOverloadPacket) else ()
         targets = _write_targets(getattr(func, overloads[0]) if len(overloads) == 1 else func)
         written = (args[position] if position < len(args) else kwargs.get(name) for position, name in targets)
-        with _alone():
-            told = {id(tensor) for tensor in _tensors(tuple(written))}
-            for tensor in _tensors((*args, *kwargs.values())):
+        with alone():
+            told = {id(tensor) for tensor in tensors_among(tuple(written))}
+            for tensor in tensors_among((*args, *kwargs.values())):
                 if type(tensor) not in _PLAIN or tensor.is_inference():
                     continue
-                unseen = id(tensor) in told and _key(tensor) in self._users and self._may_pass(tensor)
+                unseen = id(tensor) in told and storage_key(tensor) in self.log.users and self._may_pass(tensor)
                 given.append(_Given(tensor, tensor._version, tensor.detach().clone() if unseen else None))
 
     def _may_pass(self, target: torch.Tensor) -> bool:
@@ -306,9 +219,9 @@ class WriteProbe(TorchDispatchMode):
     def _log_apart(self, func: Any, given: list[_Given], output: Any) -> None:
         frame = sys._getframe(3)
         values = output if isinstance(output, (tuple, list)) else (output,)
-        with _alone():
+        with alone():
             tensors = [one.tensor for one in given]
-            outputs = [tensor for tensor in _tensors(values) if type(tensor) in _PLAIN]
+            outputs = [tensor for tensor in tensors_among(values) if type(tensor) in _PLAIN]
             known = _Known(op_name(func), (), True)
             place = self._places.find(frame)
             if _graph_task() == -1 and _inference_mode():
@@ -322,15 +235,34 @@ class WriteProbe(TorchDispatchMode):
                 self._derive(func, tensors, outputs, frame)
             self._event += op is None
             for tensor, version, before in given:
-                key = _key(tensor)
+                key = storage_key(tensor)
                 changed = None if before is None else not _same(before, tensor)
-                if key not in self._users or (tensor._version == version and not changed):
+                if key not in self.log.users or (tensor._version == version and not changed):
                     continue
                 write = Overwrite(self._event, known.name, place, self._current_module(), tensor)
                 write.version, write.after, write.changed = version, tensor._version, changed
-                self._writes.setdefault(key, []).append(write)
+                self.log.written.setdefault(key, []).append(write)
                 if self._may_pass(tensor):
                     self._suspects.add(key)
+
+    @contained
+    def _assigns(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """``tensor`` is about to be given the memory of ``value``: whoever saved it gets that."""
+        if threading.get_ident() != self._thread or type(tensor) not in _PLAIN or type(value) not in _PLAIN:
+            return
+        with alone():
+            old, new = storage_key(tensor), storage_key(value)
+            if old not in self.log.users or old == new or new is None:
+                return
+            self._event += 1
+            place = self._places.find(sys._getframe(3))
+            write = Overwrite(self._event, "aten::set_data", place, self._current_module(), tensor)
+            write.after = write.version
+            write.changed = tensor.shape != value.shape or tensor.dtype != value.dtype or not _same(tensor, value)
+            self.log.written.setdefault(old, []).append(write)
+            self.log.pin(new, value)
+            self._moved[new] = old, write
+            self._suspects |= {old, new}
 
     @contained
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -346,7 +278,7 @@ class WriteProbe(TorchDispatchMode):
                 (parameter, parameter._version, None if counted else _sample(parameter))
                 for group in optimizer.param_groups
                 for parameter in group["params"]
-                if _key(parameter) in self._users
+                if storage_key(parameter) in self.log.users
             ],
             # A closure is a whole training step.
             blind=len(args) < 2 and kwargs.get("closure") is None,
@@ -364,20 +296,14 @@ class WriteProbe(TorchDispatchMode):
             self._push()
         self._event += 1
         for parameter, version, sample in stepping.parameters:
-            key = _key(parameter)
+            key = storage_key(parameter)
             write = Overwrite(self._event, f"{type(optimizer).__name__}.step", stepping.place, None, parameter)
             write.version, write.after = version, parameter._version
             unseen = sample is not None and not _same(sample, _sample(parameter))
             if key is not None and (write.after != version or unseen):
-                self._writes.setdefault(key, []).append(write)
+                self.log.written.setdefault(key, []).append(write)
                 if unseen:
                     self._suspects.add(key)
-
-    def __del__(self) -> None:
-        storage: Any = torch.UntypedStorage
-        # One whose making failed has none.
-        for reference in vars(self).get("_pinned", {}).values():
-            storage._free_weak_ref(reference)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -387,7 +313,7 @@ class WriteProbe(TorchDispatchMode):
         counted = True
         try:
             # What is traced or faked has no content, and is no part of the training.
-            if not types and not _tracing():
+            if not types and not tracing():
                 # Ops hash slowly, and live as long as the process.
                 known = self._known.get(id(func)) or self._learn(func)
                 counted = known.counted
@@ -432,20 +358,6 @@ class WriteProbe(TorchDispatchMode):
         known = self._known[id(func)] = _Known(op_name(func), targets, counted)
         return known
 
-    def op_of(self, node: Any) -> GraphOp | None:
-        """The op that made a node of the graph."""
-        sequence: int = node._sequence_nr()
-        if not is_copy_slices(node):
-            return self._ops.get(sequence)
-        # An in-place op on a view makes its own node, and then this one around it and one for the view.
-        numbers = range(sequence - 1, sequence - 4, -1)
-        ops = (self._ops.get(number) for number in numbers)
-        return next((op for op in ops if op is not None and op.sequence < sequence), None)
-
-    def writes(self, key: int | None, since: int) -> list[Overwrite]:
-        """The writes to a storage after an event, earliest first."""
-        return [] if key is None else [write for write in self._writes.get(key, ()) if write.event > since]
-
     def _before(self, func: Any, known: _Known, args: Sequence[Any], kwargs: dict[str, Any]) -> Observed | None:
         frame = sys._getframe(2)
         task = _graph_task()
@@ -467,19 +379,19 @@ class WriteProbe(TorchDispatchMode):
 
     def _note_inference(self, place: Place) -> None:
         """A call under ``inference_mode``, as the latest."""
-        self._inference.pop(place, None)
-        self._inference[place] = None
+        self.log.under_inference.pop(place, None)
+        self.log.under_inference[place] = None
 
     def _began(self, task: int, frame: FrameType | None) -> None:
         """A backward pass begins: what of the memory that ops used does something outside PyTorch share by now?"""
         self._task = task
-        if task in self._backwards:
+        if task in self.log.begun:
             return
-        self._backwards[task] = self._places.find(frame)
+        self.log.begun[task] = self._places.find(frame)
         storage: Any = torch.UntypedStorage
         for key in {key for _, key, *_ in self._contents}:
             # Memory that NumPy shares can no longer be resized.
-            alive = storage._new_with_weak_ptr(self._pinned[key])
+            alive = storage._new_with_weak_ptr(self.log.pinned[key])
             if alive is not None and not alive.resizable():
                 self._shared.add(key)
 
@@ -504,24 +416,24 @@ class WriteProbe(TorchDispatchMode):
             return None
         self._sequences[thread] = sequence
         made = self._latest.get(thread)
-        recorded = not _grad_enabled() or any(tensor.requires_grad for tensor in _tensors(args))
-        if made is not None and made.on_view and not recorded and not _active_hooks():
+        recorded = not _grad_enabled() or any(tensor.requires_grad for tensor in tensors_among(args))
+        if made is not None and made.on_view and not recorded and not active_hooks():
             # An op on what needs no gradient makes no node: the in-place op on a view made these, after its own.
-            self._ops.update(dict.fromkeys(range(last, sequence), made))
+            self.log.ops.update(dict.fromkeys(range(last, sequence), made))
             return None
         self._event += 1
         if self._unmarked:
             self._check_unmarked(args, frame)
-        hooks = _active_hooks()
+        hooks = active_hooks()
         if hooks is True and self._places.in_checkpoint(frame):
             hooks = checkpoint
         op = GraphOp(self._event, sequence - 1, func, self._places.find(frame), self._current_module(), hooks)
         self._hooked = self._hooked or bool(hooks)
         self._foreign_hooks = self._foreign_hooks or _is_foreign(hooks)
         self._packed = bool(hooks) and func in _PACKING
-        self._made[op.event] = op
+        self.log.made[op.event] = op
         for number in range(last, sequence):
-            self._ops[number] = op
+            self.log.ops[number] = op
         self._latest[thread] = op
         return op
 
@@ -532,13 +444,13 @@ class WriteProbe(TorchDispatchMode):
         place = op.place if op is not None else None
         self._event += op is None
         for position, name in known.targets:
-            for target in _tensors((args[position] if position < len(args) else kwargs.get(name),)):
+            for target in tensors_among((args[position] if position < len(args) else kwargs.get(name),)):
                 # What no node has used cannot be stale.
-                key = _key(target)
-                if key not in self._users:
+                key = storage_key(target)
+                if key not in self.log.users:
                     continue
                 if place is None:
-                    find = self._places.find_step if key in self._names else self._places.find
+                    find = self._places.find_step if key in self.log.names else self._places.find
                     place = find(frame)
                 if place.writer == "parameter-gather":
                     # The memory was given back after forward: what is gathered into it again is what was there.
@@ -546,7 +458,7 @@ class WriteProbe(TorchDispatchMode):
                 if op is not None and target._is_view():
                     op.on_view = True
                 write = Overwrite(self._event, known.name, place, self._current_module(), target)
-                self._writes.setdefault(key, []).append(write)
+                self.log.written.setdefault(key, []).append(write)
                 if place.caller is not None and not _grad_enabled():
                     base = target if target._base is None else target._base
                     if base.grad_fn is not None:
@@ -570,14 +482,14 @@ class WriteProbe(TorchDispatchMode):
             self._derive(func, args, outputs, sys._getframe(2))
 
     def _used(self, op: GraphOp, values: Sequence[Any], *, produced: bool = False) -> None:
-        for tensor in _tensors(values):
-            key = _key(tensor)
+        for tensor in tensors_among(values):
+            key = storage_key(tensor)
             if key is None:
                 continue
-            users = self._users.get(key)
+            users = self.log.users.get(key)
             if users is None:
-                users = self._users[key] = array("q")
-                self._pin(key, tensor)
+                users = self.log.users[key] = array("q")
+                self.log.pin(key, tensor)
             if op.event not in users[-1:]:
                 users.append(op.event)
             if key not in op.keys:
@@ -585,30 +497,26 @@ class WriteProbe(TorchDispatchMode):
             if produced or key in self._suspects or not tensor.untyped_storage().resizable():
                 self._note_content(op, tensor, key)
 
-    def _pin(self, key: int, tensor: torch.Tensor) -> None:
-        """Let the address stand for this storage alone: while weakly held, it is not used again."""
-        if key not in self._pinned:
-            storage: Any = tensor.untyped_storage()
-            self._pinned[key] = storage._weak_ref()
-
     def _check_use(self, args: Sequence[Any], node: Any = None) -> None:
         """Backward reads ``args`` (in ``node``, or in the one that runs): is one of them a saved tensor whose content
         is no longer what was saved?"""
-        for tensor in _tensors(args):
-            key = _key(tensor)
-            if key not in self._users:
+        for tensor in tensors_among(args):
+            key = storage_key(tensor)
+            if key in self._moved:
+                self._check_moved(tensor, *self._moved[key], node or _current_node())
+            if key not in self.log.users:
                 continue
             shared = key in self._shared
             if not (shared or key in self._suspects or self._foreign_hooks):
                 continue
             node = node or _current_node()
-            op = self.op_of(node) if node is not None else None
+            op = self.log.op_of(node) if node is not None else None
             if op is None:
                 continue
             alias = key in op.keys
             if not alias:
                 # A checkpoint computed it anew: the op that saved it is the same op, run again.
-                users = (self._made[event] for event in self._users[key] if event > op.event)
+                users = (self.log.made[event] for event in self.log.users[key] if event > op.event)
                 again = [user for user in users if user.func is op.func and user.module in (None, op.module)]
                 if not _keeps_results(op, node):
                     # The recomputation ends before the last op whose tensors are needed: another op made this one.
@@ -617,32 +525,50 @@ class WriteProbe(TorchDispatchMode):
                     continue
                 op = again[-1]
             stale = [
-                write for write in self.writes(key, op.event) if write.changed is not False and _overlap(write, tensor)
+                write
+                for write in self.log.writes(key, op.event)
+                if write.changed is not False and _overlap(write, tensor)
             ]
             unchecked = alias and _is_foreign(op.hooks)
             outside = shared and not stale and self._content_differs(op, key, tensor)
             if not (stale or unchecked or outside) or self._places.in_recomputation(sys._getframe(3)):
                 continue
-            if (stale or outside) and (op.event, key) not in self.silent:
+            if (stale or outside) and (op.event, key) not in self.log.stale:
                 silent: Silent = "outside" if outside else "hooks" if op.hooks else "untracked"
                 slot = None if op.hooks else slot_of(node, key)
                 dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
-                self.silent[op.event, key] = self.told(op, node, slot, key, dtype, shape, stale, silent=silent)
+                self.log.stale[op.event, key] = self.log.told(op, node, slot, key, dtype, shape, stale, silent=silent)
             if unchecked:
-                self.unchecked.setdefault(op.hooks, _unchecked(op, node))
+                self.log.unchecked.setdefault(op.hooks, _unchecked(op, node))
+
+    def _check_moved(self, tensor: torch.Tensor, old: int, write: Overwrite, node: Any) -> None:
+        """Backward reads memory that was assigned to a tensor after a node had saved what it had before."""
+        op = self.log.op_of(node) if node is not None else None
+        if op is None or op.event > write.event or old not in op.keys or not write.changed or op.hooks:
+            return
+        if (op.event, old) not in self.log.stale:
+            slot = slot_of(node, storage_key(tensor) or 0)
+            dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+            stale = self.log.told(op, node, slot, old, dtype, shape, [write], silent="untracked")
+            self.log.stale[op.event, old] = stale
 
     def _note_content(self, op: GraphOp, tensor: torch.Tensor, key: int) -> None:
         """A number that tells contents apart, for memory that may be written to from outside PyTorch. Parameters and
         buffers are left out: other processes may train them too, and batch norm updates its own."""
-        if tensor.is_cpu and tensor.is_floating_point() and tensor.layout is torch.strided and key not in self._names:
+        if (
+            tensor.is_cpu
+            and tensor.is_floating_point()
+            and tensor.layout is torch.strided
+            and key not in self.log.names
+        ):
             layout, total = _content(tensor)
             self._contents[(op.event, key, *layout)] = total
 
     def _content_differs(self, op: GraphOp, key: int, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is another than when ``op`` saw it, though nothing in PyTorch wrote to it."""
         layout, total = _content(tensor)
-        written = max((write.event for write in self._writes.get(key, ()) if write.event <= op.event), default=0)
-        events = (event for event in reversed(self._users[key]) if written <= event <= op.event)
+        written = max((write.event for write in self.log.written.get(key, ()) if write.event <= op.event), default=0)
+        events = (event for event in reversed(self.log.users[key]) if written <= event <= op.event)
         noted = (self._contents.get((event, key, *layout)) for event in events)
         before = next((number for number in noted if number is not None), math.nan)
         return not math.isnan(before) and total != before
@@ -650,128 +576,50 @@ class WriteProbe(TorchDispatchMode):
     def _check_unmarked(self, args: Sequence[Any], frame: FrameType | None) -> None:
         """An op is recorded on ``args``: is one of them an input that a custom function wrote to, with its history
         as it was?"""
-        for tensor in _tensors(args):
+        for tensor in tensors_among(args):
             for reference, sequence, write in self._unmarked:
                 if reference() is not tensor or tensor.grad_fn is None or tensor.grad_fn._sequence_nr() != sequence:
                     continue
                 key = (write.event, sequence)
-                if key not in self.silent:
+                if key not in self.log.stale:
                     use = self._places.find(frame).site("call", module=self._current_module())
                     dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
                     function = _function_name(write.place)
                     writes = (write.told(),)
-                    self.silent[key] = StaleTensor(
+                    self.log.stale[key] = StaleTensor(
                         function, None, dtype, shape, save=use, writes=writes, silent="unmarked"
                     )
 
     def _derive(self, func: Any, args: Sequence[Any], outputs: Sequence[Any], frame: FrameType | None) -> None:
-        sources = tuple(key for tensor in _tensors(args) if (key := _key(tensor)) is not None)
-        cut = any(tensor.requires_grad for tensor in _tensors(args))
+        sources = tuple(key for tensor in tensors_among(args) if (key := storage_key(tensor)) is not None)
+        cut = any(tensor.requires_grad for tensor in tensors_among(args))
         place = self._places.find(frame)
-        for tensor in _tensors(outputs):
-            key = _key(tensor)
-            if key is not None and (key not in sources or key not in self._derived or cut):
-                self._pin(key, tensor)
-                self._derived[key] = _Derived(op_name(func), place, self._current_module(), sources, cut)
-
-    def cut(self, tensor: torch.Tensor) -> Site | None:
-        """The latest call on the way to ``tensor`` that took tensors with a graph and returned one without; else the
-        call that made it of nothing."""
-        pending, seen = [_key(tensor)], set()
-        made: _Derived | None = None
-        while pending:
-            key = pending.pop(0)
-            derived = self._derived.get(key) if key is not None else None
-            if derived is None or key in seen:
-                continue
-            seen.add(key)
-            if derived.cut:
-                return derived.place.site("call", module=derived.module, op=derived.op)
-            made = derived if not derived.sources else made
-            pending += [source for source in derived.sources if source != key]
-        return made.place.site("call", module=made.module, op=made.op) if made else None
-
-    def views(self) -> tuple[Site, ...]:
-        """The calls that returned several views at once, in order."""
-        ops = dict.fromkeys(op for op in self._ops.values() if op_name(op.func) in _SEVERAL_VIEWS)
-        return _each_once(op.place.site("call", module=op.module, op=op_name(op.func)) for op in ops)
-
-    def written_views(self) -> tuple[tuple[Site, tuple[Site, ...]], ...]:
-        """Those of them whose base was written to later, in any view of it, with the writes."""
-        found: dict[GraphOp, tuple[Site, tuple[Site, ...]]] = {}
-        for op in self._ops.values():
-            if op not in found and op_name(op.func) in _SEVERAL_VIEWS:
-                view = op.place.site("call", module=op.module, op=op_name(op.func))
-                writes = _each_once(write.told().site for key in op.keys[:1] for write in self.writes(key, op.event))
-                if view is not None and writes:
-                    found[op] = view, writes
-        return tuple(found.values())
-
-    def backwards(self) -> tuple[Site, ...]:
-        """The backward passes that this thread began, in order."""
-        sites = (place.site("call") for place in self._backwards.values())
-        return tuple(site for site in sites if site is not None)
-
-    def inference(self) -> tuple[Site, ...]:
-        """The calls that made tensors under ``inference_mode``, the latest last."""
-        return _each_once(place.site("call") for place in self._inference)
-
-    def told(
-        self,
-        op: GraphOp | None,
-        node: Any,
-        slot: str | None,
-        key: int | None,
-        dtype: str,
-        shape: tuple[int, ...],
-        writes: Sequence[Overwrite],
-        *,
-        versions: tuple[int | None, int | None] = (None, None),
-        silent: Silent | None = None,
-    ) -> StaleTensor:
-        """A stale tensor with its sites. ``key`` is its storage, ``versions`` are the one saved and the one found."""
-        saved, found = versions
-        name, buffer = (None, False) if key is None else self._names.get(key, (None, False))
-        stale = StaleTensor(node.name(), slot, dtype, shape, None, None, None, (), saved, found, name, buffer, silent)
-        if op is None:
-            return stale
-        place = op.place.applied(getattr(type(node), "_forward_cls", None))
-        facts = {"module": op.module, "node": node.name(), "slot": slot}
-        return replace(
-            stale,
-            op=op_name(op.func),
-            save=place.site("save", **facts),
-            library=place.library_site("save", **facts),
-            writes=tuple(write.told() for write in writes),
-        )
+        for tensor in tensors_among(outputs):
+            key = storage_key(tensor)
+            if key is not None and (key not in sources or key not in self.log.derived or cut):
+                self.log.pin(key, tensor)
+                self.log.derived[key] = Derived(op_name(func), place, self._current_module(), sources, cut)
 
 
-def op_name(func: Any) -> str:
-    """``aten::mul_`` of ``torch.ops.aten.mul_.Tensor``, of ``torch.ops.aten.mul_`` and of ``torch.mul_``."""
-    schema = getattr(func, "_schema", None)
-    if schema is not None:
-        return str(schema.name)
-    return str(getattr(func, "_qualified_op_name", f"aten::{getattr(func, '__name__', func)}"))
+class ExtensionOps(TorchFunctionMode):
+    """Calls the ops of extensions apart from a probe below: their kernels may be PyTorch programs themselves, which
+    neither autograd nor autocast would reach there."""
+
+    def __init__(self, probe: WriteProbe) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+        self._probe = probe
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if isinstance(func, _OPS) and not str(func).startswith(_PYTORCHS_OWN):
+            return self._probe.apart(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
-def is_copy_slices(node: Any) -> bool:
-    """Whether a node stands for an in-place op on a view; it hides the node of the op."""
-    name: str = node.name()
-    return name.endswith("CopySlices")
-
-
-def saved_slots(node: Any) -> Iterator[tuple[str, Any]]:
-    """The slots of a node by name, each with what PyTorch saved there: a ``SavedTensor`` or several."""
-    kind = type(node)
-    names = _SLOTS.get(kind)
-    if names is None:
-        names = _SLOTS[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
-    for name in names:
-        try:
-            saved = getattr(node, name)
-        except RuntimeError:  # the node of a custom function that backward went through holds nothing any more
-            continue
-        yield name.removeprefix("_raw_saved_"), saved
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_PYTORCHS_OWN = ("aten.", "prim.", "prims.", "c10d", "_c10d", "fsdp.", "symm_mem.")
 
 
 def _keeps_results(op: GraphOp, node: Any) -> bool:
@@ -781,12 +629,6 @@ def _keeps_results(op: GraphOp, node: Any) -> bool:
     return any(name not in arguments for name, _ in saved_slots(node))
 
 
-def slot_value(node: Any, slot: str) -> Any:
-    """What a slot holds: a tensor, or several. Raises PyTorch's own errors for a stale or a freed one."""
-    # The nodes of custom functions spell it without the underscore.
-    return node.saved_tensors if slot == "tensors" else getattr(node, f"_saved_{slot}")
-
-
 def slot_of(node: Any, key: int) -> str | None:
     """The slot of a node that holds the storage ``key``."""
     for slot, _ in saved_slots(node):
@@ -794,13 +636,10 @@ def slot_of(node: Any, key: int) -> str | None:
             value = slot_value(node, slot)
         except RuntimeError:
             continue
-        for tensor in _tensors((value,)):
+        for tensor in tensors_among((value,)):
             if tensor.untyped_storage()._cdata == key:
                 return "saved_tensors" if slot == "tensors" else slot
     return None
-
-
-_SLOTS: dict[type, tuple[str, ...]] = {}
 
 
 def _write_targets(func: Any) -> tuple[tuple[int, str], ...]:
@@ -815,23 +654,6 @@ def _write_targets(func: Any) -> tuple[tuple[int, str], ...]:
     )
 
 
-def _key(tensor: torch.Tensor) -> int | None:
-    """What stands for the tensor's storage, where it has one."""
-    try:
-        key: int = tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return None
-    return key
-
-
-def _has_backward_hooks(module: nn.Module) -> bool:
-    return bool(module._backward_hooks and module._is_full_backward_hook) or bool(module._backward_pre_hooks)
-
-
-def _layout(tensor: torch.Tensor) -> Layout:
-    return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
-
-
 def _content(tensor: torch.Tensor) -> tuple[tuple[int, ...], float]:
     """The elements that a tensor takes of its storage, in one tuple of numbers, which costs the garbage collector
     nothing, and their sum in the order they lie there: the same for all its transposes."""
@@ -841,41 +663,10 @@ def _content(tensor: torch.Tensor) -> tuple[tuple[int, ...], float]:
     return (int(laid.storage_offset()), *laid.shape, *laid.stride()), float(laid.sum())
 
 
-def _each_once(sites: Iterable[Site | None]) -> tuple[Site, ...]:
-    return tuple(dict.fromkeys(site for site in sites if site is not None))
-
-
 def _function_name(place: Place) -> str:
     """Of a place in the forward of a custom function, ``Scale.forward``."""
     code = place.user[0] if place.user else None
     return str(getattr(code, "co_qualname", getattr(code, "co_name", "a custom function"))).replace("<locals>.", "")
-
-
-def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                if isinstance(item, torch.Tensor):
-                    yield item
-
-
-def _active_hooks() -> Hooks:
-    """The innermost pack hook for saved tensors; false where there is none."""
-    if hasattr(_AUTOGRAD, "_top_saved_tensors_default_hooks"):
-        top = _AUTOGRAD._top_saved_tensors_default_hooks(True)
-        return top[0] if top else False
-    if not _AUTOGRAD._saved_tensors_hooks_is_enabled():
-        return False
-    try:
-        # This PyTorch does not tell which, but refuses to disable hooks while some are active.
-        _AUTOGRAD._saved_tensors_hooks_disable("")
-    except RuntimeError:
-        return True
-    finally:
-        _AUTOGRAD._saved_tensors_hooks_enable()
-    return False
 
 
 def _is_foreign(hooks: Hooks) -> bool:
@@ -904,7 +695,7 @@ def _overlap(write: Overwrite, tensor: torch.Tensor) -> bool:
     """Whether a write touched an element of ``tensor``, which shares its storage."""
     if write.dtype.itemsize != tensor.dtype.itemsize:
         return True
-    layouts = (write.layout, _layout(tensor))
+    layouts = (write.layout, layout_of(tensor))
     if any(0 in shape for _, shape, _ in layouts):
         return False
     ends = [
@@ -938,38 +729,3 @@ def _counting(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return func(*args, **kwargs)
-
-
-def _take_modes_above(mode: TorchDispatchMode | None) -> list[Any]:
-    """Take ``mode`` (or, for ``None``, all) and what lies above it off the stack; return the others, lowest first."""
-    taken: list[Any] = []
-    while torch._C._len_torch_dispatch_stack():
-        top = torch._C._pop_torch_dispatch_stack(None)
-        if top is mode:
-            break
-        taken.append(top)
-    return taken[::-1]
-
-
-def _put_modes(modes: list[Any]) -> None:
-    for mode in modes:
-        torch._C._push_on_torch_dispatch_stack(mode)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Look at tensors above the dispatcher, unseen by the modes of anybody and by autograd."""
-    modes = _take_modes_above(None)
-    try:
-        with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowAutograd():
-            yield
-    finally:
-        _put_modes(modes)
-
-
-def _tracing() -> bool:
-    return _infra_mode(_FAKE) is not None or _infra_mode(_PROXY) is not None or _infra_mode(_FUNCTIONAL) is not None
-
-
-_infra_mode: Callable[[Any], Any] = torch._C._get_dispatch_mode
-_FAKE, _PROXY, _FUNCTIONAL = (getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import secrets
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -69,19 +70,35 @@ class Report:
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON form. A reader never sees half a report. Raises ``OSError``."""
-        path = Path(path)
+        """Write the JSON form. A regular file is replaced as a whole, so that a reader never sees half a report; what
+        is none (a pipe, a device) is written to, and a link followed. Raises ``OSError``."""
+        text = json.dumps(self.to_dict(), indent=1, default=str) + "\n"
+        path = Path(os.path.realpath(path))
+        if path.exists() and not path.is_file():
+            _write_to(path, text)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".ampcheck-{secrets.token_hex(8)}")
+        # Made with the permissions that the user's umask leaves.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=1, default=str)
-                file.write("\n")
-            os.chmod(temporary, 0o644)
+                file.write(text)
+            if path.exists():
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
             raise
+
+
+def _write_to(path: Path, text: str) -> None:
+    # To open a pipe that nobody reads would wait for a reader.
+    handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        if hasattr(os, "set_blocking"):
+            os.set_blocking(handle, True)
+        file.write(text)
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -13,17 +13,8 @@ def trainable(model: ModelInfo) -> list[TensorInfo]:
 
 
 def in_force(step: StepTrace | None) -> Counter[str]:
-    """Module calls of the forward pass by the autocast dtype they ran under; calls with autocast off left out. A host
-    may enter autocast around a model that leaves it again: none, where no module inside another ran under it."""
-    dtypes: Counter[str] = Counter()
-    calls = step.forward if step else ()
-    inner = [call for call in calls if call.leaf]
-    if inner and not any(call.autocast.enabled for call in inner):
-        return dtypes
-    for call in calls:
-        if call.autocast.enabled:
-            dtypes[call.autocast.dtype] += call.count
-    return dtypes
+    """``StepTrace.in_force`` of a step that may not have been seen."""
+    return Counter(step.in_force) if step else Counter()
 
 
 def scaling(trace: Trace) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 
 import pytest
 import torch
@@ -116,23 +115,8 @@ def test_names_of_a_compiled_model_are_the_users():
     assert not [tensor for tensor in watch.report.trace.model.tensors if "_orig_mod" in tensor.name]
 
 
-def test_hook_on_a_compiled_module_is_pickled_as_one_that_does_nothing():
-    """The one hook that is a module's own: what is saved in the watched step loads without AmpCheck."""
-    model = torch.compile(nn.Linear(3, 2), backend="eager")
-    checker = ampcheck.AmpChecker(report=False)
-    checker.attach(model, emit=lambda text: None)
-    with checker.training_step():
-        model(torch.ones(1, 3))
-        (hook,) = model._forward_pre_hooks.values()
-        loaded = pickle.loads(pickle.dumps(hook))
-        assert b"ampcheck" not in pickle.dumps(hook)
-    assert not model._forward_pre_hooks
-    assert loaded(model, (torch.ones(1, 3),)) is None
-    checker.detach()
-
-
 def test_uncompiled_model_beside_a_compiled_one():
-    """Function modes would make the other compile again: they are left out."""
+    """It is watched like any other, and what is compiled does not compile again."""
     counter = CompileCounter()
     other = torch.compile(nn.Linear(8, 8), backend=counter)
     other(torch.ones(1, 8))
@@ -143,6 +127,7 @@ def test_uncompiled_model_beside_a_compiled_one():
         train(model, sgd(model), steps=1, after_step=lambda step: losses.append(other(torch.ones(1, 8))))
     assert counter.frame_count == frames
     assert watch.report.trace.training.calls
+    assert watch.report.trace.uncompiled
     assert watch.report.findings == ()
 
 

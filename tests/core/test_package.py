@@ -204,7 +204,8 @@ def test_there_are_adapters():
 
 
 ALLOWED = {
-    "rule": {"trace"},
+    "printable": set(),
+    "rule": {"printable", "trace"},
     "trace": {"precision"},
     "precision": set(),
     "rules": {"precision", "rule", "rules", "trace"},

@@ -52,7 +52,13 @@ def test_a_file_of_something_else(model, name, tmp_path):
     if name.endswith(".onnx"):
         pytest.importorskip("onnxruntime")
     torch.save(model.state_dict(), tmp_path / name)
-    assert "cannot" in refused(model, tmp_path / name, X)
+    assert "cannot" in refused(model, tmp_path / name, X, trusted=True)
+
+
+def test_a_file_that_may_run_code_is_loaded_where_it_is_trusted(model, tmp_path):
+    torch.export.save(torch.export.export(model, (X,)), tmp_path / "model.pt2")
+    assert "trusted" in refused(model, tmp_path / "model.pt2", X)
+    assert ampcheck.compare(model, tmp_path / "model.pt2", X, trusted=True).comparison.equal
 
 
 def test_no_export_at_all(model):

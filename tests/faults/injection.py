@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from loops import random_state, traces_left
 
-from ampcheck.source import is_ours
+from ampcheck.source import LISTENING, is_ours
 
 
 class Fault(Exception):
@@ -70,7 +70,7 @@ class Tracer:
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
         # Comprehensions are functions of their own up to Python 3.11.
-        if not is_ours(code.co_filename) or code.co_name.startswith("<"):
+        if not is_ours(code.co_filename) or code.co_filename == LISTENING or code.co_name.startswith("<"):
             return None
         point = self._points.get(code)
         if point is None:

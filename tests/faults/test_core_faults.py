@@ -16,44 +16,43 @@ from injection import Point, Run, Tracer, run
 from loops import same
 from programs import PROGRAMS
 
+from ampcheck.probes.aliases import AliasProbe
 from ampcheck.probes.autocast import AutocastProbe
-from ampcheck.probes.compiled import CompiledProbe
+from ampcheck.probes.graph import GraphProbe
 from ampcheck.probes.modules import ModuleProbe
-from ampcheck.probes.ops import OpProbe
 from ampcheck.probes.scaler import ScalerProbe
-from ampcheck.probes.writes import WriteProbe
+from ampcheck.probes.writes import ExtensionOps, WriteProbe
 
-PROBES = (AutocastProbe, CompiledProbe, ModuleProbe, OpProbe, ScalerProbe, WriteProbe)
+PROBES = (AliasProbe, AutocastProbe, ExtensionOps, GraphProbe, ModuleProbe, ScalerProbe, WriteProbe)
 
 # What torch, the user or Python call directly, and what contains the faults of all others: a line or two, no more.
 CONTAINS = {
-    "probes/autocast-AutocastProbe.__enter__.__enter__",
-    "probes/autocast-AutocastProbe.__enter__.__exit__",
-    "probes/autocast-AutocastProbe.__enter__.__init__",
-    "probes/autocast-AutocastProbe.__enter__.clear_autocast_cache",
-    "probes/compiled-_Hook.__call__",
-    "probes/compiled-on_call.call",
-    "probes/containment-as_caller",
+    "probes/aliases-data_property.assign",
+    "probes/aliases-data_property.get",
+    "probes/aliases-_method.method",
+    "probes/aliases-AliasProbe._packing.packing",
+    "probes/aliases-AliasProbe._unpacking.unpacking",
+    "probes/aliases-_Alias.died",
+    "probes/graph-GraphProbe._failed",
+    "probes/autocast-AutocastProbe._did_enter",
+    "probes/autocast-AutocastProbe._will_leave",
+    "probes/autocast-_clearing.clear_autocast_cache",
     "probes/containment-bare",
     "probes/containment-contained.call",
     "probes/containment-hide_frame",
-    "probes/ops-OpProbe.__torch_function__",
-    "probes/ops-OpProbe._run",
-    "probes/ops-OpProbe._run_backward",
-    "probes/scaler-ScalerProbe._clipping.clip",
-    "probes/scaler-ScalerProbe._wrapped.call",
-    # What this one raises Python ignores.
-    "probes/writes-WriteProbe.__del__",
+    "probes/scaler-ScalerProbe._will_clip",
+    # What these raise Python ignores.
+    "probes/aliases-_Held.__del__",
+    "probes/log-GraphLog.__del__",
+    "probes/writes-ExtensionOps.__torch_function__",
     "probes/writes-WriteProbe.__torch_dispatch__",
     "probes/writes-WriteProbe.apart",
     "probes/writes-_counting",
     "core/checker-AmpChecker.training_step",
     "core/checker-AmpChecker.watching",
     "core/plain-watch.__exit__",
-    "core/plain-watch._await_evaluation.eval",
     "core/plain-watch._contained.call",
     "core/plain-watch._let_go",
-    "core/plain-watch._listen.compile",
     "core/plain-watch._safely",
     "core/plain-watch._stepped",
     "core/step-WatchedStep.__exit__",
@@ -64,9 +63,10 @@ CONTAINS = {
 DETAILS = (
     "core/checker-AmpChecker._replay.probes",
     "failure/__init__-_message",
-    "core/plain-watch._watching_this_step",
-    "core/plain-_nodes_made",
     "core/replay-",
+    "probes/aliases-_Alias.",
+    "probes/listening-_compilation",
+    "probes/listening-_swap_all",
 )
 
 
@@ -101,8 +101,15 @@ def chosen() -> Iterator[tuple[Point, str]]:
 
 
 POINTS = list(chosen())
-# There PyTorch's own region is half left.
-HALF = "AutocastProbe._cleared"
+# There PyTorch's own region is half left, Python ignores what is raised, or Dynamo takes it for its own.
+HALF = (
+    "AutocastProbe._cleared",
+    "_Alias.died",
+    "_Alias.written",
+    "_compilation_began",
+    "_compilation_ended",
+    "_swap_all",
+)
 INTERRUPTED = [
     (point, program)
     for point, program in POINTS

@@ -308,6 +308,29 @@ def test_write_and_save_are_named(name: str) -> None:
     assert finding["evidence"]["node"] == "TanhBackward0"
 
 
+class Unseen(nn.Module):
+    """Writes past the version counter to what softmax has saved: nothing is raised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.fc(images.flatten(1)).softmax(-1)
+        x.data[:, 0] = 0.5
+        return x * x
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_write_that_nothing_raises_for(manual: bool) -> None:
+    callback = AmpCheck()
+    torch.manual_seed(0)
+    trainer(lightning, callback).fit(Module(Unseen(), manual=manual), loader(count=48, batch_size=8))
+    sites = sites_of(finding_of(callback, "AMP402"))
+    assert sites["write"]["code"] == "x.data[:, 0] = 0.5"
+    assert "softmax" in sites["save"]["code"]
+
+
 @pytest.mark.parametrize("toggled", [False, True])
 @pytest.mark.parametrize("since", [0, 2])
 def test_step_between_forward_and_backward(since: int, toggled: bool) -> None:

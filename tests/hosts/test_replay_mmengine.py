@@ -201,6 +201,27 @@ def test_dropout_in_place_on_a_timm_backbone(build: Build, since: int, optim_wra
     assert "mmengine Where an activation writes, set `inplace=False` in the `act_cfg` of its block" in note
 
 
+@MODELS.register_module()
+class UnseenNet(DigitsNet):
+    """Writes past the version counter to what tanh has saved: nothing is raised."""
+
+    def __init__(self, since: int) -> None:
+        super().__init__()
+
+    def logits(self, images: Tensor) -> Tensor:
+        y = self.backbone(images).flatten(1).tanh()
+        y.data[:, 0] = 0.5
+        return self.head(y)
+
+
+def test_a_write_that_nothing_raises_for(build: Build) -> None:
+    runner = build("UnseenNet", 0)
+    runner.train()
+    sites = sites_of(finding_of(runner, "AMP402"))
+    assert sites["write"]["code"] == "y.data[:, 0] = 0.5"
+    assert "tanh" in sites["save"]["code"]
+
+
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "float32": ("NeckNet", 3, {"optim_wrapper": FLOAT32}),
     "bfloat16": ("NeckNet", 3, {"optim_wrapper": BFLOAT16}),
