@@ -84,7 +84,8 @@ def replay(
     if reason:
         return Replay(None, False, f"the failing batch was not replayed: {reason}")
     # The step may raise the same object, which is the user's.
-    own = [] if error is None else [(error, error.__traceback__, error.__cause__, error.__context__)]
+    names = ("__traceback__", "__cause__", "__context__", "__suppress_context__")
+    own = [(name, getattr(error, name)) for name in names] if error is not None else []
     try:
         run = functools.partial(_run, step, examine, model, probes, list(optimizers), scaler)
         raised, seen, drew = run(None)
@@ -98,10 +99,9 @@ def replay(
     except _TooLong:
         return Replay(None, False, f"a replay of the failing batch took more than {_MOST_SECONDS} seconds")
     finally:
-        for each, traceback, cause, context in own:
-            suppressed = each.__suppress_context__
-            each.__traceback__, each.__cause__, each.__context__ = traceback, cause, context
-            each.__suppress_context__ = suppressed
+        # To set the cause suppresses the context, which is therefore last.
+        for name, value in own:
+            setattr(error, name, value)
     if error is None:
         return Replay(seen, raised is None, "a replay of the batch" + (f" failed: {_line(raised)}" if raised else ""))
     if raised is None:

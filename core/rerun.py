@@ -131,7 +131,7 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
             if not isinstance(path[start], _LOOPS):
                 break
         # Around a loop that was found lies the whole of it.
-        if isinstance(path[starts[-1]], _LOOPS) or any(isinstance(node, _LOOPS) for node in path):
+        if any(isinstance(node, _LOOPS) for node in path):
             return
 
 
@@ -162,9 +162,7 @@ def _program(one: Standing, path: list[ast.AST], start: int, taken: _Taken, *, e
     """The statements of a frame, from ``path[start]``, that led to where it stands. ``entered``: its ``with`` blocks
     are still entered."""
     statements = taken.up_to(path, start)
-    if statements is None:
-        return None
-    if taken.cannot_be_put_back(statements):
+    if statements is None or taken.cannot_be_put_back(statements):
         return None
     body = ast.fix_missing_locations(_Mangled(path).visit(ast.Module(statements, [])))
     try:

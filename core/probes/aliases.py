@@ -50,12 +50,11 @@ class _Held:
 
 
 class _Alias:
-    """An alias of a storage. If it was written to, as ``version`` tells, that was between the nodes ``since`` and
-    ``until`` (``None``: up to now)."""
+    """An alias of a storage. If it was written to, as ``version`` tells, that was before the node ``until`` (``None``:
+    up to now)."""
 
     def __init__(self, held: _Held, version: Callable[[], float]) -> None:
         self.held = held
-        self.since = _sequence_nr()
         self.until: int | None = None
         self._version = version
         self._begun = version()
@@ -69,8 +68,6 @@ class _Alias:
         with contextlib.suppress(Exception):
             if self.written:
                 self.until = _sequence_nr()
-            else:
-                self.since = _sequence_nr()
 
 
 class _Packed:

@@ -105,6 +105,9 @@ class GraphLog:
         for reference in vars(self).get("pinned", {}).values():
             storage._free_weak_ref(reference)
 
+    def wrote(self, key: int, write: Overwrite) -> None:
+        self.written.setdefault(key, []).append(write)
+
     def op_of(self, node: Any) -> GraphOp | None:
         """The op that made a node of the graph."""
         sequence: int = node._sequence_nr()

@@ -241,7 +241,7 @@ class WriteProbe(TorchDispatchMode):
                     continue
                 write = Overwrite(self._event, known.name, place, self._current_module(), tensor)
                 write.version, write.after, write.changed = version, tensor._version, changed
-                self.log.written.setdefault(key, []).append(write)
+                self.log.wrote(key, write)
                 if self._may_pass(tensor):
                     self._suspects.add(key)
 
@@ -259,7 +259,7 @@ class WriteProbe(TorchDispatchMode):
             write = Overwrite(self._event, "aten::set_data", place, self._current_module(), tensor)
             write.after = write.version
             write.changed = tensor.shape != value.shape or tensor.dtype != value.dtype or not _same(tensor, value)
-            self.log.written.setdefault(old, []).append(write)
+            self.log.wrote(old, write)
             self.log.pin(new, value)
             self._moved[new] = old, write
             self._suspects |= {old, new}
@@ -301,7 +301,7 @@ class WriteProbe(TorchDispatchMode):
             write.version, write.after = version, parameter._version
             unseen = sample is not None and not _same(sample, _sample(parameter))
             if key is not None and (write.after != version or unseen):
-                self.log.written.setdefault(key, []).append(write)
+                self.log.wrote(key, write)
                 if unseen:
                     self._suspects.add(key)
 
@@ -458,7 +458,7 @@ class WriteProbe(TorchDispatchMode):
                 if op is not None and target._is_view():
                     op.on_view = True
                 write = Overwrite(self._event, known.name, place, self._current_module(), target)
-                self.log.written.setdefault(key, []).append(write)
+                self.log.wrote(key, write)
                 if place.caller is not None and not _grad_enabled():
                     base = target if target._base is None else target._base
                     if base.grad_fn is not None:
