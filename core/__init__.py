@@ -2,17 +2,16 @@
 
 from ampcheck.checker import AmpChecker, FindingsError
 from ampcheck.export import Setting, compare, compare_settings, draw_errors, plain_kernels
-from ampcheck.launch import run_module, run_script, show_exception
-from ampcheck.plain import watch
+from ampcheck.loops.launch import run_module, run_script, show_exception
+from ampcheck.loops.watch import watch
+from ampcheck.observe.replay import backward_without_hooks
+from ampcheck.observe.walk import unwrapped
 from ampcheck.precision import Precision
-from ampcheck.replay import backward_without_hooks
 from ampcheck.report import Report
-from ampcheck.rule import Evidence, Finding, Rule, Severity, rule
 from ampcheck.rules import RULES
+from ampcheck.rules.rule import Evidence, Finding, Rule, Severity, rule
 from ampcheck.trace import Host, Site, Trace
-from ampcheck.walk import unwrapped
-
-__version__ = "0.1.0"
+from ampcheck.version import __version__
 
 __all__ = [
     "RULES",
@@ -28,6 +27,7 @@ __all__ = [
     "Severity",
     "Site",
     "Trace",
+    "__version__",
     "backward_without_hooks",
     "compare",
     "compare_settings",

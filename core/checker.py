@@ -22,22 +22,13 @@ from rich.text import Text
 from torch import nn
 
 from ampcheck.failure import OF_THE_GRAPH, examine
-from ampcheck.precision import Precision
-from ampcheck.printable import shown
-from ampcheck.probes.autocast import AutocastProbe
-from ampcheck.probes.containment import bare, hide_frames
-from ampcheck.probes.modes import alone
-from ampcheck.ranks import gather, merged_findings, rank
-from ampcheck.replay import replay
-from ampcheck.report import Report
-from ampcheck.report.text import NAME, fit_line, not_judged_line, render_finding, step_line
-from ampcheck.rerun import of_frame, of_traceback
-from ampcheck.rule import Finding, Severity, told
-from ampcheck.rules.internal_error import internal_error
-from ampcheck.selection import judge, reaching, selected, threshold
-from ampcheck.step import WatchedStep, merged
-from ampcheck.trace import Failure, GraphTrace, Host, Phase, StepTrace, Trace
-from ampcheck.walk import (
+from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.containment import bare, hide_frames
+from ampcheck.observe.probes.modes import alone
+from ampcheck.observe.replay import replay
+from ampcheck.observe.rerun import of_frame, of_traceback
+from ampcheck.observe.step import WatchedStep, merged
+from ampcheck.observe.walk import (
     anything_compiled,
     environment,
     examine_optimizer,
@@ -47,6 +38,15 @@ from ampcheck.walk import (
     unwrapped,
     walk,
 )
+from ampcheck.precision import Precision
+from ampcheck.report import Report
+from ampcheck.report.ranks import gather, merged_findings, rank
+from ampcheck.report.text import NAME, fit_line, not_judged_line, render_finding, step_line
+from ampcheck.rules.internal_error import internal_error
+from ampcheck.rules.judging import judge, reaching, selected, threshold
+from ampcheck.rules.rule import Finding, Severity, told
+from ampcheck.source.printable import shown
+from ampcheck.trace import Failure, GraphTrace, Host, Phase, StepTrace, Trace
 
 REPORT_NAME = "ampcheck.json"
 _NOTE_HEAD = f"{NAME}: what is known of this failure"

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from ampcheck.launch import module_exists
-from ampcheck.rule import Rule
+from ampcheck.loops.launch import module_exists
 from ampcheck.rules import RULES
+from ampcheck.rules.rule import Rule
 
 app = typer.Typer(
     help="Is PyTorch mixed precision really on and sound, and if training died of it, where and why?",
@@ -47,7 +47,7 @@ def run(
     ignore: Annotated[str, typer.Option(metavar="CODES", help="Do not judge these rules.")] = "",
 ) -> int:
     """Run a training script, unmodified, under the checker."""
-    from ampcheck.integrations.script import run as run_under_checker
+    from ampcheck.loops.script import run as run_under_checker
 
     script, *args = target
     if not module and not Path(script).is_file():
@@ -115,7 +115,7 @@ def compare(
     from ampcheck.export import compare as compare_export
     from ampcheck.export import draw_errors
     from ampcheck.report.text import render_report
-    from ampcheck.selection import reaching, threshold
+    from ampcheck.rules.judging import reaching, threshold
 
     for path in filter(None, (json, figure)):
         _require_writable(path)
@@ -136,7 +136,7 @@ def compare(
 @app.command()
 def doctor() -> None:
     """Show what is installed and what the devices here compute natively: what a bug report needs."""
-    from ampcheck.walk import environment
+    from ampcheck.observe.walk import environment
 
     found = environment()
     table = Table(box=None, show_header=False)

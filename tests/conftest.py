@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ampcheck.walk import anything_compiled
+from ampcheck.observe.walk import anything_compiled
 
 
 @pytest.fixture(autouse=True)

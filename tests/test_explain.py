@@ -21,8 +21,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import ampcheck
 from ampcheck import AmpChecker, Precision
-from ampcheck.rule import Severity
 from ampcheck.rules import RULES
+from ampcheck.rules.rule import Severity
 
 NOT_RUN = {
     "AMP107": "whether a dtype is native is the machine's matter",

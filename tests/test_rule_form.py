@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import ampcheck.rules
-from ampcheck.rule import Rule
 from ampcheck.rules import RULES
+from ampcheck.rules.rule import Rule
 from ampcheck.trace import Trace
 
 SECTIONS = ["What it does", "Why is this bad?", "Example", "Use instead", "References"]

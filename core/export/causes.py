@@ -10,9 +10,9 @@ from ampcheck.export.eager import Read, Untracked, same
 from ampcheck.export.graph import Constant
 from ampcheck.export.runs import Run, Runs
 from ampcheck.export.values import described, distance
+from ampcheck.observe.walk import dtype_name
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.trace import BakedConstant, CapturedCasts, Cause, ModuleError, Site
-from ampcheck.walk import dtype_name
 
 _FLOAT32 = 1e-3
 

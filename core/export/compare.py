@@ -11,10 +11,10 @@ from ampcheck.export.causes import baked_constants, captured_casts, changing_unt
 from ampcheck.export.opened import check_inputs, opened_export
 from ampcheck.export.runs import Choose, Run, Runs
 from ampcheck.export.values import Inputs, Tolerances, fresh, resized
+from ampcheck.observe.walk import environment, unwrapped, walk
 from ampcheck.report import Report
-from ampcheck.selection import judge, reaching, selected, threshold
+from ampcheck.rules.judging import judge, reaching, selected, threshold
 from ampcheck.trace import Comparison, Trace
-from ampcheck.walk import environment, unwrapped, walk
 
 _DRAWS = 8
 

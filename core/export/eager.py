@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.hooks import RemovableHandle
 
 from ampcheck.export.values import Inputs, tensors_in
-from ampcheck.source import is_library, is_ours, is_torch, site_of
+from ampcheck.observe.walk import dtype_name, module_names
+from ampcheck.source.lines import is_library, is_ours, is_torch, site_of
 from ampcheck.trace import Site
-from ampcheck.walk import dtype_name, module_names
 
 _UNINITIALIZED = ("empty", "new_empty")
 _FACTORIES = (*_UNINITIALIZED, "zeros", "ones", "full", "new_zeros", "new_ones", "new_full")

@@ -15,9 +15,9 @@ from torch import Tensor
 from ampcheck.export.eager import Call
 from ampcheck.export.graph import Cast, Constant, Exported, TrainingOp, Value, Visible, pooled
 from ampcheck.export.values import Inputs, other_size
-from ampcheck.source import is_library, is_torch, site_of
+from ampcheck.observe.walk import dtype_name
+from ampcheck.source.lines import is_library, is_torch, site_of
 from ampcheck.trace import OpaqueCall, Site
-from ampcheck.walk import dtype_name
 
 _DTYPES = {
     "tensor(float)": torch.float32,

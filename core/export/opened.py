@@ -16,7 +16,7 @@ from ampcheck.export.graph import Exported
 from ampcheck.export.program import Program
 from ampcheck.export.torchscript import TorchScript, quiet
 from ampcheck.export.values import Inputs
-from ampcheck.walk import dtype_name, module_names
+from ampcheck.observe.walk import dtype_name, module_names
 
 
 def opened_export(exported: object, eager: nn.Module, *, trusted: bool) -> Exported:

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from ampcheck.export.eager import Call, quiet_state
 from ampcheck.export.graph import Cast, Constant, Exported, TrainingOp, Value, Visible, pooled
 from ampcheck.export.values import Inputs, other_size, tensors_in
-from ampcheck.source import is_library, is_ours, is_torch, site_of
+from ampcheck.observe.walk import dtype_name
+from ampcheck.source.lines import is_library, is_ours, is_torch, site_of
 from ampcheck.trace import OpaqueCall, Site
-from ampcheck.walk import dtype_name
 
 _DROPOUT = {"aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::alpha_dropout", "aten::native_dropout"}
 _NORM = {

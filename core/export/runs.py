@@ -33,8 +33,8 @@ from ampcheck.export.values import (
     distance,
     named_tensors,
 )
+from ampcheck.observe.walk import dtype_name
 from ampcheck.trace import ModuleError, OutputError
-from ampcheck.walk import dtype_name
 
 _AS_MUCH = 0.1
 Choose = Callable[[Any], Any]

@@ -15,9 +15,9 @@ from ampcheck.export.eager import Call, modules_run
 from ampcheck.export.kernels import plain_kernels
 from ampcheck.export.runs import module_errors
 from ampcheck.export.values import APART, Inputs, Tolerances, distance, named_tensors
+from ampcheck.observe.walk import dtype_name, environment, unwrapped, walk
 from ampcheck.report import Report
 from ampcheck.trace import Comparison, OutputError, Trace
-from ampcheck.walk import dtype_name, environment, unwrapped, walk
 
 
 @dataclass(frozen=True)

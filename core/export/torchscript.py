@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ampcheck.export.eager import Call, quiet_state, snapshot
 from ampcheck.export.graph import Cast, Constant, Exported, TrainingOp, Value, pooled
 from ampcheck.export.values import Inputs, tensors_in
-from ampcheck.source import is_library, is_ours, is_torch, site_of
+from ampcheck.observe.walk import dtype_name
+from ampcheck.source.lines import is_library, is_ours, is_torch, site_of
 from ampcheck.trace import OpaqueCall, Site
-from ampcheck.walk import dtype_name
 
 _DROPOUT = ("aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::alpha_dropout", "aten::native_dropout")
 _DEEPEST = 64

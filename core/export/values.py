@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ampcheck.observe.walk import dtype_name
 from ampcheck.trace import Tolerance
-from ampcheck.walk import dtype_name
 
 # assert_close: https://pytorch.org/docs/stable/testing.html; trace: `check_tolerance` of torch.jit.trace;
 # onnx: `rtol` of torch.onnx.verification. Kernels sum in different orders, more than assert_close's 1.3e-6 allows.

@@ -23,8 +23,8 @@ from ampcheck.failure.surroundings import (
     function_of_node,
     operator,
 )
+from ampcheck.observe.walk import module_names, unwrapped
 from ampcheck.trace import Failure
-from ampcheck.walk import module_names, unwrapped
 
 __all__ = ["OF_THE_GRAPH", "SIGNATURES", "Signature", "examine"]
 

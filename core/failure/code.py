@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ampcheck.failure.frames import Place
-from ampcheck.source import site_of
+from ampcheck.source.lines import site_of
 from ampcheck.trace import Role, Site
 
 # The deprecated classes, which have their device type in the name.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ampcheck.source import is_library, is_ours, is_torch, remember_source, site_of
+from ampcheck.source.lines import is_library, is_ours, is_torch, remember_source, site_of
 from ampcheck.trace import Role, Site
 
 Span = tuple[int, int, int, int]

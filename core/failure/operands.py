@@ -15,8 +15,8 @@ from torch import nn
 from ampcheck.failure.code import MISSING, assigned_before, expressions_at, parents, read
 from ampcheck.failure.dtypes import FLOATING
 from ampcheck.failure.frames import Place
+from ampcheck.observe.walk import dtype_name, module_names, tensor_names
 from ampcheck.trace import Site
-from ampcheck.walk import dtype_name, module_names, tensor_names
 
 _CASTS = {"float": "float32", "half": "float16", "bfloat16": "bfloat16", "double": "float64"}
 # Calls that change neither dtype nor device; the second do change the shape.

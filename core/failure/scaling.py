@@ -12,9 +12,9 @@ from torch import nn
 
 from ampcheck.failure.code import function_at, read, site_in, tree_of
 from ampcheck.failure.frames import Place
-from ampcheck.source import is_library
+from ampcheck.observe.walk import dtype_name, tensor_names
+from ampcheck.source.lines import is_library
 from ampcheck.trace import Site
-from ampcheck.walk import dtype_name, tensor_names
 
 _LISTED = 20
 

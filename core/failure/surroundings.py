@@ -18,9 +18,9 @@ from torch.autograd import Function
 from ampcheck.failure.code import DEPRECATED, MISSING, definition_of, parents, read, site_in
 from ampcheck.failure.frames import Place
 from ampcheck.failure.operands import Naming, Operation
-from ampcheck.source import decorator_site, is_library, is_torch
+from ampcheck.observe.walk import dtype_name
+from ampcheck.source.lines import decorator_site, is_library, is_torch
 from ampcheck.trace import Site
-from ampcheck.walk import dtype_name
 
 # Context managers that leave autocast as it is.
 _PLAIN = (

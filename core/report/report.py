@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ampcheck.rule import Finding, Severity
-from ampcheck.source import short_path
+from ampcheck.rules.rule import Finding, Severity
+from ampcheck.source.lines import short_path
 from ampcheck.trace import Comparison, ModuleCall, Site, Trace
+from ampcheck.version import __version__
 
 SCHEMA = "ampcheck/1"
 
@@ -44,13 +45,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values, in the schema ``ampcheck/1``: fields are added to it, never changed."""
-        import ampcheck
-
         trace = self.trace
         precision, failure, host = trace.precision, trace.failure, trace.host
         return {
             "schema": SCHEMA,
-            "ampcheck": ampcheck.__version__,
+            "ampcheck": __version__,
             "torch": trace.environment.torch,
             "host": {"name": host.name, "version": host.version} if host else None,
             "precision": {

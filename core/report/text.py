@@ -11,8 +11,8 @@ from rich.text import Text
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.report.comparison import comparison_lines
 from ampcheck.report.report import Report
-from ampcheck.rule import Finding, Severity, told
-from ampcheck.source import short_path
+from ampcheck.rules.rule import Finding, Severity, told
+from ampcheck.source.lines import short_path
 from ampcheck.trace import ModelInfo, Site, StepTrace, Trace
 
 NAME = "ampcheck"

@@ -1,6 +1,5 @@
 """The rules, one a file."""
 
-from ampcheck.rule import Rule
 from ampcheck.rules.autocast_around_backward import autocast_around_backward
 from ampcheck.rules.autocast_bad_argument import autocast_bad_argument
 from ampcheck.rules.autocast_cache_under_no_grad import autocast_cache_under_no_grad
@@ -40,6 +39,7 @@ from ampcheck.rules.opaque_call_in_graph import opaque_call_in_graph
 from ampcheck.rules.optimizer_holds_other_parameters import optimizer_holds_other_parameters
 from ampcheck.rules.parameters_updated_before_backward import parameters_updated_before_backward
 from ampcheck.rules.precision_unsupported import precision_unsupported
+from ampcheck.rules.rule import Rule
 from ampcheck.rules.saved_tensor_hooks_without_check import saved_tensor_hooks_without_check
 from ampcheck.rules.saved_tensor_modified import saved_tensor_modified
 from ampcheck.rules.saved_tensor_modified_silently import saved_tensor_modified_silently

@@ -1,9 +1,9 @@
 from collections.abc import Iterator
 
 from ampcheck.precision import LOW_PRECISION
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._facts import covered, misplaced_regions
 from ampcheck.rules._words import count, place, places
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import AutocastRegion, ModelInfo, Trace
 
 

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._crash import cast_fix, crash_message, data_of, sites_of, told_by, why_autocast_did_not_act
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Trace
 
 

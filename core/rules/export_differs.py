@@ -1,8 +1,8 @@
 import math
 from collections.abc import Iterator
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._words import be, count, place, some
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Cause, Comparison, Trace
 
 _BRANCH_FIX = (

@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._stale import as_write, statement
 from ampcheck.rules._words import place
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Trace
 
 

@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._facts import in_force, optimized, scaling, trainable
 from ampcheck.rules._words import count, some
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Trace
 
 

@@ -1,7 +1,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._words import count, some
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Trace
 
 _WHY = {

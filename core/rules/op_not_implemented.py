@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 
 from ampcheck.precision import LOW_PRECISION
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._crash import crash_message, data_of, function_fix, sites_of, told_by
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Failure, Trace
 
 

@@ -1,9 +1,9 @@
 from collections.abc import Iterator
 
 from ampcheck.precision import LOW_PRECISION
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._facts import trainable
 from ampcheck.rules._words import count, some
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Trace
 
 

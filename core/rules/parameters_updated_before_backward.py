@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._stale import cause, data_of, found_by_pytorch, passed_by_pytorch, sites_of
 from ampcheck.rules._words import place, some
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import StaleTensor, Trace
 
 

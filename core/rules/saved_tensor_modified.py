@@ -1,6 +1,5 @@
 from collections.abc import Iterator
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._stale import (
     cause,
     crash,
@@ -13,6 +12,7 @@ from ampcheck.rules._stale import (
     ways_out,
     what,
 )
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Failure, Trace
 
 

@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 
-from ampcheck.rule import Evidence, Severity, rule
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Trace
 
 

@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 
 from ampcheck.precision import LOW_PRECISION, Precision
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._words import place, places, some
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import OpCall, Trace
 
 

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._words import count, place, places
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import OpCall, Trace
 
 

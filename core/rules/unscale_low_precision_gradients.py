@@ -1,9 +1,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._stale import statement
 from ampcheck.rules._words import count, place, places, some
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import ModelInfo, Site, Trace
 
 

@@ -1,9 +1,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ampcheck.rule import Evidence, Severity, rule
 from ampcheck.rules._stale import as_write, out_of_place
 from ampcheck.rules._words import place, places
+from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Failure, Site, Trace
 
 _MADE_BY = {"split": "split", "splitwithsizes": "split", "chunk": "split", "unbind": "unbind"}

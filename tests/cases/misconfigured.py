@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ampcheck.observe.walk import has_autocast_cache_fault
 from ampcheck.precision import Precision
-from ampcheck.walk import has_autocast_cache_fault
 from cases import Cases, Guard
 from cases.training import BF16, images, rows, sgd, train
 

@@ -326,7 +326,7 @@ def test_syntax_error_in_the_script(run):
     assert "train.py" in told.err
     assert "line 2" in told.err
     assert told.err.splitlines()[-1].startswith("SyntaxError: ")
-    assert not any(ampcheck.source.is_ours(file) for file in re.findall(r'File "(.*?)"', told.err))
+    assert not any(ampcheck.source.lines.is_ours(file) for file in re.findall(r'File "(.*?)"', told.err))
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_chained_exceptions_lose_our_frames_too(run):
     assert "During handling of the above exception" in told.err
     files = re.findall(r'File "(.*?)"', told.err)
     assert files.count("train.py") + sum(file.endswith("/train.py") for file in files) >= 3
-    assert not any(ampcheck.source.is_ours(file) for file in files)
+    assert not any(ampcheck.source.lines.is_ours(file) for file in files)
 
 
 @pytest.mark.parametrize(

@@ -496,15 +496,15 @@ def test_flops_that_the_user_counts_are_the_models(watching):
             train(model, sgd(model), steps=2)
         return counter.get_total_flops()
 
-    ampcheck.walk.environment.cache_clear()
+    ampcheck.observe.walk.environment.cache_clear()
     assert counted(watching) == counted(lambda model: torch.enable_grad())
 
 
 def test_facts_of_the_environment_do_not_depend_on_the_callers_modes():
-    expected = ampcheck.walk.environment.__wrapped__()
+    expected = ampcheck.observe.walk.environment.__wrapped__()
     for modes in (torch.no_grad(), torch.inference_mode(), torch.device("meta")):
         with modes:
-            assert ampcheck.walk.environment.__wrapped__() == expected
+            assert ampcheck.observe.walk.environment.__wrapped__() == expected
 
 
 def test_several_watched_steps(watching, told):

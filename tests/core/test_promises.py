@@ -23,10 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import ampcheck
 from ampcheck import checker as checker_module
-from ampcheck.probes.aliases import AliasProbe
-from ampcheck.probes.autocast import AutocastProbe
-from ampcheck.probes.graph import GraphProbe
-from ampcheck.probes.modules import ModuleProbe
+from ampcheck.observe.probes.aliases import AliasProbe
+from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.graph import GraphProbe
+from ampcheck.observe.probes.modules import ModuleProbe
 from ampcheck.rules import RULES
 
 RECIPES = {
@@ -170,7 +170,7 @@ def test_fault_in_the_code_of_a_module_call(when, monkeypatch, alone):
         def stack(self):
             return Broken()
 
-    monkeypatch.setattr("ampcheck.probes.modules._Local", Local)
+    monkeypatch.setattr("ampcheck.observe.probes.modules._Local", Local)
     assert_goes_on("bf16", alone, [])
 
 
@@ -209,7 +209,7 @@ def test_fault_in_removing_a_probe(owner, monkeypatch, alone):
 @pytest.mark.parametrize("code", [rule.code for rule in RULES if rule.code != "AMP900"])
 def test_fault_in_a_rule(code, alone, monkeypatch):
     broken = tuple(dataclasses.replace(rule, judge=raising, needs=()) if rule.code == code else rule for rule in RULES)
-    monkeypatch.setattr("ampcheck.selection.RULES", broken)
+    monkeypatch.setattr("ampcheck.rules.judging.RULES", broken)
     told: list[str] = []
     model = nn.Linear(3, 2)
     with ampcheck.watch(model, optimizer=sgd(model), emit=told.append) as watch:
@@ -248,7 +248,7 @@ def test_fault_in_the_checkers_parts(name, monkeypatch, alone):
 
 @pytest.mark.parametrize("name", ["_alive", "autocast_state", "dtype_name"])
 def test_fault_in_the_watch(name, monkeypatch, alone):
-    monkeypatch.setattr(f"ampcheck.plain.{name}", raising)
+    monkeypatch.setattr(f"ampcheck.loops.watch.{name}", raising)
     torch.manual_seed(0)
     told: list[str] = []
 
@@ -263,7 +263,7 @@ def test_fault_in_the_watch(name, monkeypatch, alone):
 
 def test_fault_in_what_the_watch_says_before_attaching(monkeypatch, capfd):
     """The fault comes before the host's ``emit`` is known: standard error has the one warning."""
-    monkeypatch.setattr("ampcheck.plain._alive", raising)
+    monkeypatch.setattr("ampcheck.loops.watch._alive", raising)
     model = CNN()
     with ampcheck.watch(model) as watch:
         train(model, sgd(model))
@@ -359,7 +359,7 @@ def test_fault_that_is_not_contained_would_end_training(owner, name, monkeypatch
 
 def test_fault_that_is_not_caught_would_end_training(monkeypatch):
     monkeypatch.setattr(ampcheck.watch, "_contained", lambda self, hook: hook)
-    monkeypatch.setattr("ampcheck.plain._alive", raising)
+    monkeypatch.setattr("ampcheck.loops.watch._alive", raising)
     with pytest.raises(Fault):
         result("bf16", lambda model, *_: ampcheck.watch(model))
 
@@ -396,7 +396,9 @@ def frames(error):
 
 
 def frames_of_ours(error):
-    return [frame for frame in traceback.extract_tb(error.__traceback__) if ampcheck.source.is_ours(frame.filename)]
+    return [
+        frame for frame in traceback.extract_tb(error.__traceback__) if ampcheck.source.lines.is_ours(frame.filename)
+    ]
 
 
 def failing(guard):

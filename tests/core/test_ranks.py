@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ampcheck import AmpChecker, Finding, Severity
-from ampcheck.ranks import merged_findings
+from ampcheck.report.ranks import merged_findings
 
 FINDING = Finding("AMP301", "no-scaler", Severity.WARNING, "No scaler.")
 
@@ -27,7 +27,7 @@ def test_nothing_is_said_of_ranks_that_were_not_heard(
     monkeypatch: pytest.MonkeyPatch, having: list[int], heard: list[int], where: str
 ) -> None:
     """All were heard at an earlier stage, and ``heard`` now."""
-    monkeypatch.setattr("ampcheck.ranks.world_size", lambda: 3)
+    monkeypatch.setattr("ampcheck.report.ranks.world_size", lambda: 3)
     findings = {rank: (FINDING,) if rank in having else () for rank in range(3)}
     ((finding, telling),) = merged_findings(findings, heard)
     assert finding == FINDING

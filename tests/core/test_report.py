@@ -176,7 +176,7 @@ def test_whole_report():
 
 def test_findings_come_most_severe_first():
     from ampcheck import rule
-    from ampcheck.selection import judge
+    from ampcheck.rules.judging import judge
 
     def make(code, severity):
         def some_rule(trace):

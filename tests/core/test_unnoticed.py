@@ -206,7 +206,7 @@ def test_modules_take_the_paths_that_they_take(name: str, amp: bool) -> None:
                         found.append(module(*inputs))
                     except RuntimeError as error:
                         found.append(str(error))
-            outputs = [one for one in ampcheck.autograd.tensors_in(found[-1]) if one.requires_grad]
+            outputs = [one for one in ampcheck.observe.autograd.tensors_in(found[-1]) if one.requires_grad]
             (loss + sum(one.float().sum() for one in outputs)).backward()
         found += [parameter.grad for parameter in (*module.parameters(), *student.parameters())]
         return [one.to_dense() if isinstance(one, Tensor) and one.is_sparse else one for one in flat(found)]

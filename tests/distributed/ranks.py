@@ -23,7 +23,7 @@ import torch.distributed
 from digits import digits
 
 import ampcheck.cli
-import ampcheck.integrations.script  # noqa: F401
+import ampcheck.loops.script  # noqa: F401
 
 PATIENCE = 30.0
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ampcheck import AmpChecker, Precision
-from ampcheck.rule import Finding
+from ampcheck.rules.rule import Finding
 from ampcheck.trace import Failure, Trace
 
 

@@ -12,7 +12,7 @@ import torch
 from cases import Case
 from torch import nn
 
-from ampcheck.rule import Severity
+from ampcheck.rules.rule import Severity
 
 if TYPE_CHECKING:
     from conftest import Recorder

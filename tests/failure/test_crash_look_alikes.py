@@ -11,7 +11,7 @@ from cases.scaler_crashes import Net, loss_of
 from cases.training import BF16, rows, sgd, train
 from torch import nn
 
-from ampcheck.rule import Severity
+from ampcheck.rules.rule import Severity
 
 if TYPE_CHECKING:
     from conftest import Recorder

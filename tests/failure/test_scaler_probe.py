@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from ampcheck.probes.scaler import ScalerProbe
+from ampcheck.observe.probes.scaler import ScalerProbe
 from ampcheck.rules.loss_scale_collapse import loss_scale_collapse
 from ampcheck.trace import ScalerCall, StepTrace, Trace
 
@@ -121,7 +121,7 @@ def test_keeps_no_graph_alive() -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 raises again with the traceback it caught")
 def test_the_tracebacks_of_the_user_have_no_frame_of_ours() -> None:
-    from ampcheck.source import is_ours
+    from ampcheck.source.lines import is_ours
 
     model = Net().half()
     optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import linecache
+import os
 import sys
 import traceback
 import warnings
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from loops import random_state, traces_left
 
-from ampcheck.source import LISTENING, is_ours
+from ampcheck.source.lines import LISTENING, is_ours
 
 
 class Fault(Exception):
@@ -43,8 +45,16 @@ class Point(NamedTuple):
 def point_of(code: CodeType) -> Point:
     # `co_qualname` came with Python 3.11.
     name = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")
-    parts = code.co_filename.replace("\\", "/").split("/")
-    return Point("/".join(parts[-2:]), name, code.co_firstlineno)
+    return Point(_in_package(code.co_filename), name, code.co_firstlineno)
+
+
+def _in_package(file: str) -> str:
+    """``file`` as it is called in the package: ``observe/step.py``, ``integrations/timm.py``."""
+    for package, folder in (("ampcheck", ""), ("ampcheck.integrations", "integrations/")):
+        root = os.path.dirname(importlib.import_module(package).__file__ or "") + os.sep
+        if file.startswith(root):
+            return folder + file.removeprefix(root).replace(os.sep, "/")
+    return file
 
 
 class Tracer:

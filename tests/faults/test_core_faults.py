@@ -16,57 +16,57 @@ from injection import Point, Run, Tracer, run
 from loops import same
 from programs import PROGRAMS
 
-from ampcheck.probes.aliases import AliasProbe
-from ampcheck.probes.autocast import AutocastProbe
-from ampcheck.probes.graph import GraphProbe
-from ampcheck.probes.modules import ModuleProbe
-from ampcheck.probes.scaler import ScalerProbe
-from ampcheck.probes.writes import ExtensionOps, WriteProbe
+from ampcheck.observe.probes.aliases import AliasProbe
+from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.graph import GraphProbe
+from ampcheck.observe.probes.modules import ModuleProbe
+from ampcheck.observe.probes.scaler import ScalerProbe
+from ampcheck.observe.probes.writes import ExtensionOps, WriteProbe
 
 PROBES = (AliasProbe, AutocastProbe, ExtensionOps, GraphProbe, ModuleProbe, ScalerProbe, WriteProbe)
 
 # What torch, the user or Python call directly, and what contains the faults of all others: a line or two, no more.
 CONTAINS = {
-    "probes/aliases-data_property.assign",
-    "probes/aliases-data_property.get",
-    "probes/aliases-_method.method",
-    "probes/aliases-AliasProbe._packing.packing",
-    "probes/aliases-AliasProbe._unpacking.unpacking",
-    "probes/aliases-_Alias.died",
-    "probes/graph-GraphProbe._failed",
-    "probes/autocast-AutocastProbe._did_enter",
-    "probes/autocast-AutocastProbe._will_leave",
-    "probes/autocast-_clearing.clear_autocast_cache",
-    "probes/containment-bare",
-    "probes/containment-contained.call",
-    "probes/containment-hide_frame",
-    "probes/scaler-ScalerProbe._will_clip",
+    "observe/probes/aliases-data_property.assign",
+    "observe/probes/aliases-data_property.get",
+    "observe/probes/aliases-_method.method",
+    "observe/probes/aliases-AliasProbe._packing.packing",
+    "observe/probes/aliases-AliasProbe._unpacking.unpacking",
+    "observe/probes/aliases-_Alias.died",
+    "observe/probes/graph-GraphProbe._failed",
+    "observe/probes/autocast-AutocastProbe._did_enter",
+    "observe/probes/autocast-AutocastProbe._will_leave",
+    "observe/probes/autocast-_clearing.clear_autocast_cache",
+    "observe/probes/containment-bare",
+    "observe/probes/containment-contained.call",
+    "observe/probes/containment-hide_frame",
+    "observe/probes/scaler-ScalerProbe._will_clip",
     # What these raise Python ignores.
-    "probes/aliases-_Held.__del__",
-    "probes/log-GraphLog.__del__",
-    "probes/writes-ExtensionOps.__torch_function__",
-    "probes/writes-WriteProbe.__torch_dispatch__",
-    "probes/writes-WriteProbe.apart",
-    "probes/writes-_counting",
-    "core/checker-AmpChecker.training_step",
-    "core/checker-AmpChecker.watching",
-    "core/plain-watch.__exit__",
-    "core/plain-watch._contained.call",
-    "core/plain-watch._let_go",
-    "core/plain-watch._safely",
-    "core/plain-watch._stepped",
-    "core/step-WatchedStep.__exit__",
-    "core/step-WatchedStep._remove",
-    "core/step-WatchedStep.abandon",
+    "observe/probes/aliases-_Held.__del__",
+    "observe/probes/log-GraphLog.__del__",
+    "observe/probes/writes-ExtensionOps.__torch_function__",
+    "observe/probes/writes-WriteProbe.__torch_dispatch__",
+    "observe/probes/writes-WriteProbe.apart",
+    "observe/probes/writes-_counting",
+    "checker-AmpChecker.training_step",
+    "checker-AmpChecker.watching",
+    "loops/watch-watch.__exit__",
+    "loops/watch-watch._contained.call",
+    "loops/watch-watch._let_go",
+    "loops/watch-watch._safely",
+    "loops/watch-watch._stepped",
+    "observe/step-WatchedStep.__exit__",
+    "observe/step-WatchedStep._remove",
+    "observe/step-WatchedStep.abandon",
 }
 # What a fault costs there is a detail of a report, which is told without it.
 DETAILS = (
-    "core/checker-AmpChecker._replay.probes",
+    "checker-AmpChecker._replay.probes",
     "failure/__init__-_message",
-    "core/replay-",
-    "probes/aliases-_Alias.",
-    "probes/listening-_compilation",
-    "probes/listening-_swap_all",
+    "observe/replay-",
+    "observe/probes/aliases-_Alias.",
+    "observe/probes/listening-_compilation",
+    "observe/probes/listening-_swap_all",
 )
 
 
@@ -89,7 +89,7 @@ def points() -> dict[Point, str]:
 
 EVERY = os.environ.get("AMPCHECK_FAULTS") == "all"
 # What holds hooks, modes and wrappers, or calls what does.
-HOLDS = ("probes/", "core/checker", "core/plain", "core/step", "core/replay")
+HOLDS = ("observe/probes/", "checker", "loops/watch", "observe/step", "observe/replay")
 
 
 def chosen() -> Iterator[tuple[Point, str]]:

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ampcheck.probes.autocast import AutocastProbe
-from ampcheck.probes.modules import ModuleProbe
-from ampcheck.walk import dtype_name
+from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.modules import ModuleProbe
+from ampcheck.observe.walk import dtype_name
 
 DTYPES = (torch.bfloat16, torch.float16, None)
 KINDS = ("with", "decorator", "raises", "generator", "clear", "call")

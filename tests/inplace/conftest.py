@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from ampcheck.failure import examine
-from ampcheck.probes.autocast import AutocastProbe
-from ampcheck.probes.modules import ModuleProbe
-from ampcheck.probes.saved_tensors import graph_trace
-from ampcheck.probes.writes import WriteProbe
-from ampcheck.rule import Finding
+from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.modules import ModuleProbe
+from ampcheck.observe.probes.saved_tensors import graph_trace
+from ampcheck.observe.probes.writes import WriteProbe
+from ampcheck.observe.walk import walk
 from ampcheck.rules import RULES
+from ampcheck.rules.rule import Finding
 from ampcheck.trace import Trace
-from ampcheck.walk import walk
 
 
 class Recorder:

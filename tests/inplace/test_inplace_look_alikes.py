@@ -13,7 +13,7 @@ from cases.inplace_healthy import CASES
 from inplace.conftest import Recorder
 from torch import nn
 
-from ampcheck.probes.writes import WriteProbe
+from ampcheck.observe.probes.writes import WriteProbe
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -19,8 +19,8 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
-from ampcheck.probes.saved_tensors import graph_trace
-from ampcheck.probes.writes import WriteProbe
+from ampcheck.observe.probes.saved_tensors import graph_trace
+from ampcheck.observe.probes.writes import WriteProbe
 
 
 class Counter(TorchDispatchMode):

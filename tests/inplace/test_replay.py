@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ampcheck.probes.saved_tensors import graph_trace
-from ampcheck.probes.writes import WriteProbe
-from ampcheck.replay import Replay, replay
+from ampcheck.observe.probes.saved_tensors import graph_trace
+from ampcheck.observe.probes.writes import WriteProbe
+from ampcheck.observe.replay import Replay, replay
 from ampcheck.trace import GraphTrace
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rules.traces import BF16, ERROR, INFO, SCALER, WARNING, call, calls, found, model, only, step, trace
 
+from ampcheck.observe.walk import precision_by_policy
 from ampcheck.precision import Precision
 from ampcheck.trace import ModelInfo, Policy, StepTrace, Trace
-from ampcheck.walk import precision_by_policy
 
 LOW, FLOAT32 = "MixedPrecisionPolicy(param_dtype=torch.bfloat16)", "MixedPrecisionPolicy(param_dtype=torch.float32)"
 ROOT = Policy("", "bfloat16", True, LOW)

@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from ampcheck.precision import Precision
-from ampcheck.rule import Finding, Severity
 from ampcheck.rules import RULES
+from ampcheck.rules.rule import Finding, Severity
 from ampcheck.trace import (
     AutocastRegion,
     AutocastState,

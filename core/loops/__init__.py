@@ -1,0 +1,1 @@
+"""The loops that no host runs: a plain one, and any script."""

@@ -1,0 +1,46 @@
+"""Any training script under the checker: ``ampcheck run train.py ...``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+from ampcheck.checker import AmpChecker, FindingsError
+from ampcheck.loops.launch import run_module, run_script, show_exception
+from ampcheck.loops.watch import watch
+
+FOUND, INTERRUPTED = 3, 130
+
+
+def run(
+    target: str,
+    args: Sequence[str] = (),
+    *,
+    module: bool = False,
+    select: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
+    fail_on: str = "never",
+    watch_steps: int = 1,
+    report: bool | str | os.PathLike[str] = False,
+) -> int:
+    """Run the script (or, with ``module``, the module) ``target`` with ``args`` as ``__main__``, under the checker.
+
+    Returns the exit status: 0, 1 where the script died of an exception, which is shown as the interpreter shows it,
+    or 3 where a finding reached ``fail_on``. ``SystemExit`` of the script comes through. AmpCheck's own lines go to
+    standard error. Raises ``ValueError`` for options that mean nothing, before anything runs.
+    """
+    checker = AmpChecker(select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report)
+    try:
+        with watch(None, checker=checker):
+            (run_module if module else run_script)(target, args)
+    except FindingsError as error:
+        sys.stderr.write(f"ampcheck  stopped by --fail-on: {error}\n")
+        return FOUND
+    except KeyboardInterrupt as error:
+        show_exception(error)
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - it is the script's, shown as the script's
+        show_exception(error)
+        return 1
+    return 0

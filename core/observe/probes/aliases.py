@@ -1,0 +1,348 @@
+"""Ways past PyTorch's check of saved tensors, noted where they begin: aliases with a version counter of their own,
+memory that something outside PyTorch sees, and saved-tensor hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from ampcheck.observe.autograd import active_hooks, saved_slots, slot_value, tensors_in
+from ampcheck.observe.probes.containment import contained, hide_frame
+from ampcheck.observe.probes.listening import Listening
+from ampcheck.observe.probes.modes import alone, tracing
+from ampcheck.observe.probes.modules import ModuleProbe
+from ampcheck.observe.probes.places import Place, Places
+from ampcheck.trace import UncheckedSave
+
+_sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
+_storage: Any = torch.UntypedStorage
+_TENSOR: Any = torch.Tensor
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+# A step that makes more aliases than this has a habit of it: the rest is not noted.
+_MOST = 10_000
+
+
+class _Held:
+    """A storage by its address, which nothing else gets while it is weakly held; the memory may go."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        storage: Any = tensor.untyped_storage()
+        self.key: int = storage._cdata
+        self._reference = storage._weak_ref()
+
+    @property
+    def storage(self) -> Any:
+        return _storage._new_with_weak_ptr(self._reference)
+
+    def __del__(self) -> None:
+        # One whose making failed has none.
+        if "_reference" in vars(self):
+            _storage._free_weak_ref(self._reference)
+
+
+class _Alias:
+    """An alias of a storage. If it was written to, as ``version`` tells, that was before the node ``until`` (``None``:
+    up to now)."""
+
+    def __init__(self, held: _Held, version: Callable[[], float]) -> None:
+        self.held = held
+        self.until: int | None = None
+        self._version = version
+        self._begun = version()
+
+    @property
+    def written(self) -> bool:
+        return self.until is not None or self._version() != self._begun
+
+    def died(self) -> None:
+        """The alias is gone; where it was not written to, views of it may be there yet."""
+        with contextlib.suppress(Exception):
+            if self.written:
+                self.until = _sequence_nr()
+
+
+class _Packed:
+    """A tensor that a saved-tensor hook was given; ``place`` and ``hooks`` are the line that saved it and the hook, of
+    hooks that are not PyTorch's own."""
+
+    def __init__(self, tensor: torch.Tensor, place: Place | None, module: str | None, hooks: Any) -> None:
+        self.held = _Held(tensor)
+        self.module = module
+        self.version = tensor._version
+        self.place = place
+        self.hooks = hooks
+
+
+class AliasProbe:
+    """Notes, in the thread that entered it, what may pass PyTorch's check of saved tensors. ``may_be_stale`` says
+    whether a saved tensor of a graph may have been overwritten unseen, ``unchecked`` which saves nothing checks.
+
+    It runs where an alias is made, not where one is written to: a step without aliases costs nothing.
+    """
+
+    def __init__(self, modules: ModuleProbe) -> None:
+        self.error: Exception | None = None
+        self._modules = modules
+        self.stale_under_hooks = False
+        self._aliases: list[_Alias] = []
+        self._assigned: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self._packed: dict[int, list[_Packed]] = {}
+        self._unchecked: dict[Any, UncheckedSave] = {}
+        self._under_hooks: list[list[Any]] = []
+        self._places = Places()
+        self._listening = Listening()
+        self._finalizers: list[weakref.finalize[Any, Any]] = []
+        self._thread = threading.get_ident()
+
+    @property
+    def unchecked(self) -> tuple[UncheckedSave, ...]:
+        """Saves of which backward got back the tensor itself from hooks that are not PyTorch's, one for each hook."""
+        return tuple(self._unchecked.values())
+
+    def __enter__(self) -> AliasProbe:
+        self._thread = threading.get_ident()
+        listening = self._listening
+        listening.to_attribute(_TENSOR, "data", data_property, (self.aliased, self.assigned))
+        listening.to_attribute(_TENSOR, "numpy", _method, self.exported)
+        listening.to_attribute(_TENSOR, "set_", _method, self.aliased)
+        listening.to(_TENSOR.__dlpack__, after=self.exported)
+        listening.to(saved_tensors_hooks.__enter__, before=self._hooked)
+        listening.to(saved_tensors_hooks.__exit__, after=self._unhooked)
+        self._under_hooks = [[0, None]] if active_hooks() else []
+        self._take_up_hooks()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._listening.end()
+        for finalizer in self._finalizers:
+            finalizer.detach()
+
+    def may_be_stale(self, nodes: Iterable[Any]) -> bool:
+        """Whether one of these nodes may have saved a tensor that was written to afterwards, unseen by PyTorch. Slots
+        under saved-tensor hooks are left alone, since to ask them runs the hooks."""
+        written = [alias for alias in self._aliases if alias.written]
+        assigned = [(tensor, sequence) for one, sequence in self._assigned if (tensor := one()) is not None]
+        if not written and not assigned:
+            return False
+        with alone():
+            for node in nodes:
+                made = node._sequence_nr()
+                if self._is_under_hooks(made):
+                    continue
+                late = {one.held.key for one in written if one.until is None or made < one.until}
+                for name, _ in saved_slots(node):
+                    with contextlib.suppress(RuntimeError):
+                        for tensor in tensors_in(slot_value(node, name)):
+                            if any(tensor is other and made < sequence for other, sequence in assigned):
+                                return True
+                            if late and _is_plain(tensor) and tensor.untyped_storage()._cdata in late:
+                                return True
+        return False
+
+    def _is_under_hooks(self, made: int) -> bool:
+        return any(first <= made and (last is None or made < last) for first, last in self._under_hooks)
+
+    def _looks(self) -> bool:
+        return threading.get_ident() == self._thread and len(self._finalizers) < _MOST and not tracing()
+
+    @contained
+    def aliased(self, alias: Any, tensor: Any, *_: Any, **__: Any) -> None:
+        """``alias``, which may share the memory of ``tensor``, counts versions of its own."""
+        if not self._looks() or not _is_plain(alias):
+            return
+        with alone():
+            # Of the same counter, but none of the memory.
+            counter = alias.detach()
+            torch._C.TensorBase.data.__set__(counter, alias.new_empty(0))  # type: ignore[attr-defined]
+            self._note(_Alias(_Held(alias), lambda: counter._version), alias)
+
+    @contained
+    def exported(self, array: Any, tensor: Any, *_: Any, **__: Any) -> None:
+        """``array`` is what something outside PyTorch sees of the memory of ``tensor``, and may write to."""
+        if not self._looks() or type(tensor) is torch.nn.Parameter or not _is_plain(tensor):
+            return
+        with alone():
+            if tensor.is_cpu:
+                held = _Held(tensor)
+                layout = int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+                self._note(_Alias(held, functools.partial(_content, held, tensor.dtype, layout)), array)
+
+    def _note(self, alias: _Alias, owner: Any) -> None:
+        self._aliases.append(alias)
+        with contextlib.suppress(TypeError):
+            finalizer = weakref.finalize(owner, alias.died)
+            finalizer.atexit = False
+            self._finalizers.append(finalizer)
+
+    @contained
+    def assigned(self, tensor: Any, value: Any) -> None:
+        """``tensor`` is given other memory."""
+        if self._looks() and len(self._assigned) < _MOST:
+            self._assigned.append((weakref.ref(tensor), _sequence_nr()))
+
+    @contained
+    def _take_up_hooks(self) -> None:
+        """Hooks may be in place already, where this PyTorch tells which: the ``with`` block around them pops ours."""
+        autograd: Any = torch._C._autograd
+        top = autograd._top_saved_tensors_default_hooks(True) if _TELLS_HOOKS and not tracing() else None
+        if top is not None and _is_foreign(top[0]):
+            autograd._pop_saved_tensors_default_hooks()
+            autograd._push_saved_tensors_default_hooks(self._packing(top[0], True), self._unpacking(top[1]))
+
+    @contained
+    def _hooked(self, hooks: Any) -> None:
+        if threading.get_ident() != self._thread or tracing():
+            return
+        self._under_hooks.append([_sequence_nr(), None])
+        if hasattr(hooks.pack_hook, "is_watched"):
+            return
+        foreign = _is_foreign(hooks.pack_hook)
+        if foreign or type(hooks).__module__ == "torch.utils.checkpoint":
+            hooks.pack_hook = self._packing(hooks.pack_hook, foreign)
+            hooks.unpack_hook = self._unpacking(hooks.unpack_hook)
+
+    @contained
+    def _unhooked(self, *_: Any) -> None:
+        if threading.get_ident() == self._thread and not tracing():
+            for span in [span for span in self._under_hooks if span[1] is None][-1:]:
+                span[1] = _sequence_nr()
+
+    def _packing(self, pack: Callable[..., Any], foreign: bool) -> Callable[..., Any]:
+        @functools.wraps(pack)
+        def packing(tensor: Any) -> Any:
+            try:
+                packed = pack(tensor)
+            except BaseException as error:
+                hide_frame(error)
+                raise
+            self._pack(tensor, pack if foreign else None)
+            return packed
+
+        packing.is_watched = True  # type: ignore[attr-defined]
+        return packing
+
+    def _unpacking(self, unpack: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(unpack)
+        def unpacking(packed: Any) -> Any:
+            try:
+                tensor = unpack(packed)
+            except BaseException as error:
+                hide_frame(error)
+                raise
+            self._unpack(tensor)
+            return tensor
+
+        return unpacking
+
+    @contained
+    def _pack(self, tensor: Any, foreign: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            if _is_plain(tensor):
+                place = self._places.find(sys._getframe(3)) if foreign is not None else None
+                one = _Packed(tensor, place, self._modules.current, foreign)
+                self._packed.setdefault(one.held.key, []).append(one)
+
+    @contained
+    def _unpack(self, tensor: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            if not _is_plain(tensor):
+                return
+            for one in self._packed.get(tensor.untyped_storage()._cdata, ()):
+                self.stale_under_hooks = self.stale_under_hooks or one.version < tensor._version
+                if one.place is not None and one.hooks not in self._unchecked:
+                    node: Any = torch._C._current_autograd_node()
+                    code = getattr(one.hooks, "__code__", None)
+                    hooks = Place((code, 0), None).site("call") if code is not None else None
+                    save = one.place.site("save", module=one.module, node=node.name())
+                    self._unchecked[one.hooks] = UncheckedSave(node.name(), save, hooks)
+
+
+_TELLS_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+
+
+def _is_foreign(pack: Any) -> bool:
+    """Whether a pack hook is not PyTorch's own, nor ours around another."""
+    own = str(getattr(pack, "__module__", "")).startswith("torch.")
+    return not own and not hasattr(pack, "is_watched")
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor lies in one storage and counts versions."""
+    if type(tensor) not in _PLAIN:
+        return False
+    with torch._C.DisableTorchFunction():
+        return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_inference())
+
+
+def data_property(descriptor: Any, listeners: list[Any]) -> property:
+    """``Tensor.data`` for listeners that are two functions: of an alias and its tensor (or ``None``), and of a tensor
+    and what it is about to be given."""
+
+    def get(tensor: Any) -> Any:
+        try:
+            alias = descriptor.__get__(tensor)
+        except BaseException as error:
+            hide_frame(error)
+            raise
+        for _, (aliased, _) in listeners:
+            if aliased is not None:
+                aliased(alias, tensor)
+        return alias
+
+    def assign(tensor: Any, value: Any) -> None:
+        for _, (_, assigned) in listeners:
+            assigned(tensor, value)
+        try:
+            descriptor.__set__(tensor, value)
+        except BaseException as error:
+            hide_frame(error)
+            raise
+
+    return property(get, assign, None, descriptor.__doc__)
+
+
+def _method(original: Any, listeners: list[Any]) -> Any:
+    @functools.wraps(original)
+    def method(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = original(tensor, *args, **kwargs)
+        except BaseException as error:
+            hide_frame(error)
+            raise
+        for _, noted in listeners:
+            noted(result, tensor)
+        return result
+
+    return method
+
+
+def _content(held: _Held, dtype: torch.dtype, layout: tuple[int, tuple[int, ...], tuple[int, ...]]) -> float:
+    """A number that tells contents apart: a write from outside is counted by nobody."""
+    storage = held.storage
+    if storage is None or 0 in layout[1]:
+        return 0.0
+    with alone():
+        own: Any = torch._C.TensorBase
+        offset, shape, strides = layout
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if extent > _SAMPLE:
+            # Of much memory a few elements tell.
+            step = extent // _SAMPLE
+            shape, strides = (extent // step,), (step,)
+        seen = own.set_(torch.empty(0, dtype=dtype), storage, offset, shape, strides)
+        numbers = (torch.view_as_real(seen) if seen.is_complex() else seen).double().nan_to_num()
+        return float(numbers.sum() + numbers.abs().sum() / 3)
+
+
+_SAMPLE = 65_536

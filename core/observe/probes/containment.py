@@ -1,0 +1,83 @@
+"""A fault of a probe stays in the probe."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from ampcheck.source.lines import is_ours
+
+P = ParamSpec("P")
+
+
+class Contained(Protocol):
+    """``error`` is the first exception a callback of the probe raised; from then on the probe sees nothing."""
+
+    error: Exception | None
+
+
+S = TypeVar("S", bound=Contained)
+
+
+def contained(callback: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, P], None]:
+    """Make a callback of a probe unable to raise into the training that it watches."""
+
+    @functools.wraps(callback)
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        # What Dynamo traces must be the user's program alone.
+        if torch.compiler.is_dynamo_compiling() or self.error is not None:
+            return
+        try:
+            callback(self, *args, **kwargs)
+        except RecursionError:
+            # The program is at the last frame that the limit allows: it is not our fault, nor need it be its own.
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
+            self.error = bare(error)
+
+    return call
+
+
+def undo(removal: Callable[..., object], *args: Any) -> None:
+    """Remove something, by a call that does nothing where it is gone. Where it fails, or is interrupted, it is called
+    once more before the failure is told."""
+    try:
+        removal(*args)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            removal(*args)
+        raise
+
+
+def bare(error: Exception) -> Exception:
+    """``error`` to be kept: without the frames that it came through, which hold the model and its tensors."""
+    error.__traceback__ = error.__context__ = None
+    return error
+
+
+def hide_frame(error: BaseException) -> None:
+    """Take the innermost handled frame, the caller's own, out of the traceback; a bare ``raise`` does not add it."""
+    if error.__traceback__ is not None:
+        error.__traceback__ = error.__traceback__.tb_next
+
+
+def hide_frames(error: BaseException) -> None:
+    """Take AmpCheck's frames out of the traceback of ``error``, and of those it came from, but for the outermost
+    frame of each. Before Python 3.11 a bare ``raise`` brings back what ``hide_frame`` took out."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        each = pending.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        pending += [each.__cause__, each.__context__]
+        entry = each.__traceback__
+        while entry is not None:
+            while entry.tb_next is not None and is_ours(entry.tb_next.tb_frame.f_code.co_filename):
+                entry.tb_next = entry.tb_next.tb_next
+            entry = entry.tb_next

@@ -1,0 +1,286 @@
+"""Listening to functions of PyTorch so that the program cannot tell.
+
+A function that is listened to stays the object that it is, under every name it was imported as: only its code is
+another meanwhile. Its name, file and line are the original's, so that tracebacks, profiles and warnings read as ever.
+While Dynamo compiles, the original code is back: what was compiled must not depend on who listened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from ampcheck.observe.probes.containment import hide_frame, undo
+from ampcheck.source.lines import LISTENING
+
+Before = Callable[..., tuple[Any, ...] | None]
+After = Callable[..., None]
+
+
+class Listening:
+    """What one listens to; ``end`` ends all of it, also what a fault left half-way, and may be called again."""
+
+    def to(
+        self, function: Any, *, before: Before | None = None, after: After | None = None, failed: After | None = None
+    ) -> None:
+        """Have ``before(*args, **kwargs)`` called ahead of each call of the Python function ``function``, and
+        ``after(result, *args, **kwargs)`` behind it, or ``failed(error, *args, **kwargs)`` where it raised; none of
+        them may raise. What ``before`` returns, if anything, is called with in place of the positional arguments."""
+        self.by(function, functools.partial(_between, function), before, after, failed)
+
+    def by(self, function: Any, made: Callable[[CodeType, list[Any]], CodeType], *listener: Any) -> None:
+        """The same by the code ``made(its own code, listeners)``, which all who listen to ``function`` share."""
+        _mind_forks()
+        place = _places.setdefault(function, _Place(function, made))
+        place.listeners.append((self, *listener))
+        place.renew()
+        _mind_dynamo()
+
+    def to_attribute(self, owner: Any, name: str, made: Callable[[Any, list[Any]], Any], listener: Any) -> None:
+        """Listen to an attribute of ``owner`` that is written in C and so has no code to exchange: meanwhile it is
+        ``made(what it was, listeners)``. Who replaces it too is left alone."""
+        stand_in = _attributes.setdefault((id(owner), name), _StandIn(owner, name, made))
+        stand_in.listeners.append((self, listener))
+        stand_in.renew()
+
+    def end(self) -> None:
+        everything: list[_Place | _StandIn] = [*_places.values(), *_attributes.values()]
+        for held in everything:
+            if any(one[0] is self for one in held.listeners):
+                held.listeners[:] = [one for one in held.listeners if one[0] is not self]
+                held.renew()
+        _mind_dynamo()
+
+
+class _Place:
+    """A function that may be listened to: its own code, and how to make the other one for the listeners."""
+
+    def __init__(self, function: FunctionType, made: Callable[[CodeType, list[Any]], CodeType]) -> None:
+        self.listeners: list[Any] = []
+        self._function = function
+        self._made = made
+        self._own: CodeType | None = None
+        self._heard: CodeType | None = None
+
+    def renew(self) -> None:
+        if self.listeners:
+            self._own = self._own or self._function.__code__
+            self._heard = self._made(self._own, self.listeners)
+        else:
+            self._heard = None
+        self.swap()
+
+    def swap(self) -> None:
+        if self._own is not None:
+            self._function.__code__ = self._own if _compiling or self._heard is None else self._heard
+        if self._heard is None:
+            self._own = None
+
+
+class _StandIn:
+    """An attribute that may be listened to, and what stands for it meanwhile."""
+
+    def __init__(self, owner: Any, name: str, made: Callable[[Any, list[Any]], Any]) -> None:
+        self.listeners: list[Any] = []
+        self._owner, self._name, self._made = owner, name, made
+        self._before: Any = _ABSENT
+        self._value: Any = _ABSENT
+
+    def renew(self) -> None:
+        owner, name = self._owner, self._name
+        if self.listeners and self._value is _ABSENT:
+            self._before, value = vars(owner).get(name, _ABSENT), self._made(getattr(owner, name), self.listeners)
+            self._value = value
+            setattr(owner, name, value)
+        elif not self.listeners and self._value is not _ABSENT:
+            if vars(owner).get(name) is self._value:
+                if self._before is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, self._before)
+            self._value = _ABSENT
+
+
+_places: dict[FunctionType, _Place] = {}
+_attributes: dict[tuple[int, str], _StandIn] = {}
+_compiling: list[Any] = []
+_ABSENT = object()
+
+
+live: list[list[Any]] = []
+"""Lists of listeners that code reads when it comes to them."""
+
+
+@contextlib.contextmanager
+def nobody_listening() -> Iterator[None]:
+    """All who listen are set aside, but for those that come in the block."""
+    held: list[_Place | _StandIn] = [*_places.values(), *_attributes.values()]
+    lists = [*live, *(one.listeners for one in held)]
+    kept = [one[:] for one in lists]
+
+    def renew(contents: Iterable[list[Any]]) -> None:
+        for one, content in zip(lists, contents, strict=True):
+            one[:] = content
+        for place in held:
+            place.renew()
+
+    try:
+        renew([] for _ in lists)
+        yield
+    finally:
+        undo(renew, kept)
+
+
+def disguised(template: Any, original: CodeType, values: dict[str, Any], line: int | None = None) -> CodeType:
+    """The code of ``template`` in the guise of ``original``, all of it on ``line`` (by default its first), with
+    ``values`` in place of the strings that name them."""
+    made = template.__code__
+    line = original.co_firstlineno if line is None else line
+    facts: dict[str, Any] = {
+        "co_consts": tuple(values.get(one, one) if isinstance(one, str) else one for one in made.co_consts),
+        "co_filename": original.co_filename,
+        "co_name": original.co_name,
+        "co_firstlineno": original.co_firstlineno,
+        # Unused by the template, but a function's closure must fit its code.
+        "co_freevars": original.co_freevars,
+        "co_linetable": _on_one_line(len(made.co_code), line - original.co_firstlineno, _columns(original, line)),
+    }
+    if hasattr(original, "co_qualname"):
+        facts["co_qualname"] = original.co_qualname
+    code: CodeType = made.replace(**facts)
+    return code
+
+
+@functools.cache
+def _columns(code: CodeType, line: int) -> tuple[int, int] | None:
+    """The widest expression of a line of ``code``."""
+    if not hasattr(code, "co_positions"):
+        return None
+    spans = [
+        (left, right)
+        for first, last, left, right in code.co_positions()
+        if first == last == line and left is not None and right is not None
+    ]
+    return max(spans, key=lambda span: span[1] - span[0], default=None)
+
+
+@functools.cache
+def _on_one_line(size: int, delta: int, columns: tuple[int, int] | None) -> bytes:
+    """A table of lines by which all of ``size`` bytes of code are on the line ``delta`` after the first. See
+    https://github.com/python/cpython/blob/main/InternalDocs/code_objects.md"""
+    table = bytearray()
+    deltas = itertools.chain((delta,), itertools.repeat(0))
+    if sys.version_info < (3, 11):
+        for start in range(0, size, 254):
+            table += bytes((min(254, size - start), next(deltas)))
+        return bytes(table)
+    units = size // 2
+    for start in range(0, units, 8):
+        kind = 13 if columns is None else 14
+        table.append(0x80 | kind << 3 | min(8, units - start) - 1)
+        table += _number(next(deltas) << 1)
+        if columns is not None:
+            table += _number(0) + _number(columns[0] + 1) + _number(columns[1] + 1)
+    return bytes(table)
+
+
+def _number(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 64:
+        encoded.append(0x40 | value & 63)
+        value >>= 6
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _between(function: FunctionType, code: CodeType, listeners: list[Any]) -> CodeType:
+    original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    original.__kwdefaults__, original.__qualname__ = function.__kwdefaults__, function.__qualname__
+    _, *kinds = zip(*listeners, strict=True)
+    befores, afters, faileds = (tuple(one for one in kind if one is not None) for kind in kinds)
+    values = {"befores": befores, "original": original, "afters": afters, "faileds": faileds, "hide_frame": hide_frame}
+    made: CodeType = disguised(_template, code, values).replace(co_filename=LISTENING)
+    return made
+
+
+# A string stands for what `disguised` puts in its place: the code runs among the globals of another module.
+def _template(*args: Any, **kwargs: Any) -> Any:
+    befores: Any = "befores"
+    original: Any = "original"
+    afters: Any = "afters"
+    faileds: Any = "faileds"
+    hide_frame: Any = "hide_frame"
+    for before in befores:
+        args = before(*args, **kwargs) or args
+    try:
+        result = original(*args, **kwargs)
+    except BaseException as error:
+        for failed in faileds:
+            failed(error, *args, **kwargs)
+        hide_frame(error)
+        raise
+    for after in afters:
+        after(result, *args, **kwargs)
+    return result
+
+
+@functools.cache
+def _mind_forks() -> None:
+    """A forked process is another program: nobody listens there."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forked)
+
+
+def _forked() -> None:
+    held: list[_Place | _StandIn] = [*_places.values(), *_attributes.values()]
+    for one in (*live, *(each.listeners for each in held)):
+        one.clear()
+    for each in held:
+        each.renew()
+
+
+def _mind_dynamo() -> None:
+    """Have Dynamo tell when it compiles, as long as anybody listens."""
+    anybody = any(place.listeners for place in _places.values())
+    if not anybody:
+        _compiling.clear()
+    dynamo = sys.modules.get("torch._dynamo")
+    handler = getattr(dynamo, "callback_handler", None)
+    if handler is None:
+        return
+    minded = _compilation_began in handler.start_callbacks
+    if anybody and not minded:
+        handler.register_start_callback(_compilation_began)
+        handler.register_end_callback(_compilation_ended)
+    elif not anybody and minded:
+        with contextlib.suppress(ValueError):
+            handler.remove_start_callback(_compilation_began)
+            handler.remove_end_callback(_compilation_ended)
+
+
+# Dynamo takes what these raise for a fault of its own.
+def _compilation_began(*_: Any) -> None:
+    try:
+        _compiling.append(None)
+        _swap_all()
+    except Exception:  # noqa: BLE001
+        _compiling.clear()
+
+
+def _compilation_ended(*_: Any) -> None:
+    try:
+        _compiling.clear()
+        _swap_all()
+    except Exception:  # noqa: BLE001
+        _compiling.clear()
+
+
+def _swap_all() -> None:
+    for place in _places.values():
+        place.swap()

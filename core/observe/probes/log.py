@@ -1,0 +1,241 @@
+"""What a step called, saved and wrote, as plain records."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ampcheck.observe.probes.places import Place
+from ampcheck.trace import Silent, Site, StaleTensor, UncheckedSave, Write
+
+Layout = tuple[int, tuple[int, ...], tuple[int, ...]]
+Hooks = Callable[..., Any] | bool
+
+_SEVERAL_VIEWS = frozenset({"aten::split", "aten::split_with_sizes", "aten::unbind"})
+
+
+class GraphOp:
+    """An op that made an autograd node; for a custom function, the first op inside it. ``keys`` are the storages it
+    took (the first ``taken``) and returned, ``hooks`` the pack hook under which its tensors were saved (true: one that
+    cannot be told)."""
+
+    __slots__ = ("event", "func", "hooks", "keys", "module", "on_view", "place", "sequence", "taken")
+
+    def __init__(self, event: int, sequence: int, func: Any, place: Place, module: str | None, hooks: Hooks) -> None:
+        self.event = event
+        self.sequence = sequence
+        self.func = func
+        self.keys: tuple[int, ...] = ()
+        self.taken = 0
+        self.on_view = False
+        self.place = place
+        self.module = module
+        self.hooks = hooks
+
+
+class Overwrite:
+    """A write to a storage. ``version`` is the target's before it and ``after`` the one it gives; ``layout`` is offset,
+    shape and strides in elements of ``dtype``; ``changed`` whether the content differs (``None``: not compared)."""
+
+    __slots__ = ("after", "changed", "dtype", "event", "layout", "module", "op", "place", "version")
+
+    def __init__(self, event: int, op: str, place: Place, module: str | None, target: torch.Tensor) -> None:
+        self.event = event
+        self.op = op
+        self.place = place
+        self.module = module
+        self.version = None if target.is_inference() else target._version
+        self.after = None if self.version is None else self.version + 1
+        self.layout = layout_of(target)
+        self.dtype = target.dtype
+        self.changed: bool | None = None
+
+    def told(self) -> Write:
+        return Write(
+            self.op,
+            self.place.site("write", module=self.module, op=self.op),
+            self.place.library_site("write", module=self.module, op=self.op),
+            self.place.writer,
+            self.version,
+            self.after,
+            self.layout[1],
+        )
+
+
+class Derived(NamedTuple):
+    """What the tensors of a storage were computed from, by which call. ``cut``: the call left the graph behind."""
+
+    op: str
+    place: Place
+    module: str | None
+    sources: tuple[int, ...]
+    cut: bool
+
+
+class GraphLog:
+    """The ops that made autograd nodes, by the nodes' sequence numbers; the writes to the storages that they used; and
+    what else was noted beside them. ``stale`` holds what backward read although it was overwritten, by op and storage.
+
+    No tensor is held. Storages are held by weak references, which keep an address from being used again, but not the
+    memory.
+    """
+
+    def __init__(self) -> None:
+        self.stale: dict[tuple[int, int], StaleTensor] = {}
+        self.unchecked: dict[Any, UncheckedSave] = {}
+        self.hooked: tuple[str, ...] = ()
+        self.names: dict[int, tuple[str, bool]] = {}
+        self.ops: dict[int, GraphOp] = {}
+        self.made: dict[int, GraphOp] = {}
+        # Arrays of numbers cost the garbage collector nothing, which lists of ops would, and more than all the rest.
+        self.users: dict[int, array[int]] = {}
+        self.written: dict[int, list[Overwrite]] = {}
+        self.derived: dict[int, Derived] = {}
+        self.begun: dict[int, Place] = {}
+        self.under_inference: dict[Place, None] = {}
+        self.pinned: dict[int, int] = {}
+
+    def __del__(self) -> None:
+        storage: Any = torch.UntypedStorage
+        # One whose making failed has none.
+        for reference in vars(self).get("pinned", {}).values():
+            storage._free_weak_ref(reference)
+
+    def wrote(self, key: int, write: Overwrite) -> None:
+        self.written.setdefault(key, []).append(write)
+
+    def op_of(self, node: Any) -> GraphOp | None:
+        """The op that made a node of the graph."""
+        sequence: int = node._sequence_nr()
+        if not is_copy_slices(node):
+            return self.ops.get(sequence)
+        # An in-place op on a view makes its own node, and then this one around it and one for the view.
+        numbers = range(sequence - 1, sequence - 4, -1)
+        ops = (self.ops.get(number) for number in numbers)
+        return next((op for op in ops if op is not None and op.sequence < sequence), None)
+
+    def writes(self, key: int | None, since: int) -> list[Overwrite]:
+        """The writes to a storage after an event, earliest first."""
+        return [] if key is None else [write for write in self.written.get(key, ()) if write.event > since]
+
+    def pin(self, key: int, tensor: torch.Tensor) -> None:
+        """Let the address stand for this storage alone: while weakly held, it is not used again."""
+        if key not in self.pinned:
+            storage: Any = tensor.untyped_storage()
+            self.pinned[key] = storage._weak_ref()
+
+    def cut(self, tensor: torch.Tensor) -> Site | None:
+        """The latest call on the way to ``tensor`` that took tensors with a graph and returned one without; else the
+        call that made it of nothing."""
+        pending, seen = [storage_key(tensor)], set()
+        made: Derived | None = None
+        while pending:
+            key = pending.pop(0)
+            derived = self.derived.get(key) if key is not None else None
+            if derived is None or key in seen:
+                continue
+            seen.add(key)
+            if derived.cut:
+                return derived.place.site("call", module=derived.module, op=derived.op)
+            made = derived if not derived.sources else made
+            pending += [source for source in derived.sources if source != key]
+        return made.place.site("call", module=made.module, op=made.op) if made else None
+
+    def views(self) -> tuple[Site, ...]:
+        """The calls that returned several views at once, in order."""
+        ops = dict.fromkeys(op for op in self.ops.values() if op_name(op.func) in _SEVERAL_VIEWS)
+        return _each_once(op.place.site("call", module=op.module, op=op_name(op.func)) for op in ops)
+
+    def written_views(self) -> tuple[tuple[Site, tuple[Site, ...]], ...]:
+        """Those of them whose base was written to later, in any view of it, with the writes."""
+        found: dict[GraphOp, tuple[Site, tuple[Site, ...]]] = {}
+        for op in self.ops.values():
+            if op not in found and op_name(op.func) in _SEVERAL_VIEWS:
+                view = op.place.site("call", module=op.module, op=op_name(op.func))
+                writes = _each_once(write.told().site for key in op.keys[:1] for write in self.writes(key, op.event))
+                if view is not None and writes:
+                    found[op] = view, writes
+        return tuple(found.values())
+
+    def backwards(self) -> tuple[Site, ...]:
+        """The backward passes that this thread began, in order."""
+        sites = (place.site("call") for place in self.begun.values())
+        return tuple(site for site in sites if site is not None)
+
+    def inference(self) -> tuple[Site, ...]:
+        """The calls that made tensors under ``inference_mode``, the latest last."""
+        return _each_once(place.site("call") for place in self.under_inference)
+
+    def told(
+        self,
+        op: GraphOp | None,
+        node: Any,
+        slot: str | None,
+        key: int | None,
+        dtype: str,
+        shape: tuple[int, ...],
+        writes: Sequence[Overwrite],
+        *,
+        versions: tuple[int | None, int | None] = (None, None),
+        silent: Silent | None = None,
+    ) -> StaleTensor:
+        """A stale tensor with its sites. ``key`` is its storage, ``versions`` are the one saved and the one found."""
+        saved, found = versions
+        name, buffer = (None, False) if key is None else self.names.get(key, (None, False))
+        stale = StaleTensor(node.name(), slot, dtype, shape, None, None, None, (), saved, found, name, buffer, silent)
+        if op is None:
+            return stale
+        place = op.place.applied(getattr(type(node), "_forward_cls", None))
+        facts = {"module": op.module, "node": node.name(), "slot": slot}
+        return replace(
+            stale,
+            op=op_name(op.func),
+            save=place.site("save", **facts),
+            library=place.library_site("save", **facts),
+            writes=tuple(write.told() for write in writes),
+        )
+
+
+def op_name(func: Any) -> str:
+    """``aten::mul_`` of ``torch.ops.aten.mul_.Tensor``, of ``torch.ops.aten.mul_`` and of ``torch.mul_``."""
+    schema = getattr(func, "_schema", None)
+    if schema is not None:
+        return str(schema.name)
+    return str(getattr(func, "_qualified_op_name", f"aten::{getattr(func, '__name__', func)}"))
+
+
+def is_copy_slices(node: Any) -> bool:
+    """Whether a node stands for an in-place op on a view; it hides the node of the op."""
+    name: str = node.name()
+    return name.endswith("CopySlices")
+
+
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """What stands for the tensor's storage, where it has one."""
+    try:
+        key: int = tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
+    return key
+
+
+def layout_of(tensor: torch.Tensor) -> Layout:
+    return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+
+
+def _each_once(sites: Iterable[Site | None]) -> tuple[Site, ...]:
+    return tuple(dict.fromkeys(site for site in sites if site is not None))
+
+
+def tensors_among(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                if isinstance(item, torch.Tensor):
+                    yield item

@@ -1,0 +1,178 @@
+"""A watched step: the probes around it, and what they saw."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from types import FrameType, TracebackType
+
+import torch
+from torch import nn
+
+from ampcheck.observe.probes.aliases import AliasProbe
+from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.containment import bare, undo
+from ampcheck.observe.probes.graph import GraphProbe
+from ampcheck.observe.probes.modules import ModuleProbe
+from ampcheck.observe.probes.saved_tensors import graph_trace
+from ampcheck.observe.probes.scaler import ScalerProbe
+from ampcheck.observe.probes.writes import ExtensionOps, WriteProbe
+from ampcheck.observe.walk import hooked_modules
+from ampcheck.trace import GraphTrace, ModelInfo, Phase, StepTrace, described
+
+Ended = Callable[["WatchedStep", BaseException | None], None]
+Suspected = Callable[["WatchedStep", FrameType], None]
+Probe = AliasProbe | AutocastProbe | ModuleProbe | GraphProbe | ScalerProbe | WriteProbe | ExtensionOps
+
+
+class WatchedStep:
+    """The probes around one step of ``model``; ``ended`` is called with it, and with what the body raised, when they
+    are gone. ``compiled``: parts of the model are, or ``entry``, which wraps it. ``autocast`` is a probe that is active
+    already; ``info`` describes a model that is not the attached one. ``suspected`` is called behind a backward pass
+    that may have used a stale tensor, with the frame that began the pass; ``batch`` finds in such frames what
+    computes the step's loss again.
+
+    ``replayed``: the step is run again and thrown away, with nothing compiled, and what it costs matters less than what
+    it shows: each write and each save is logged with its line.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        model: nn.Module,
+        device_type: str,
+        ended: Ended,
+        *,
+        info: ModelInfo | None = None,
+        autocast: AutocastProbe | None = None,
+        suspected: Suspected | None = None,
+        batch: Callable[[Iterable[FrameType]], Callable[[], object] | None] | None = None,
+        entry: nn.Module | None = None,
+        compiled: bool = False,
+        replayed: bool = False,
+    ) -> None:
+        self.phase = phase
+        self._ended = ended
+        self._info = info
+        self._stack = ExitStack()
+        self._autocast = autocast or AutocastProbe()
+        self._modules = modules = ModuleProbe(model, device_type, self._autocast, entry)
+        self._aliases: AliasProbe | None = None
+        self._graph: GraphProbe | None = None
+        self._scaler: ScalerProbe | None = None
+        self._writes: WriteProbe | None = None
+        if phase == "training":
+            notify = None if suspected is None else functools.partial(suspected, self)
+            self._aliases = AliasProbe(modules)
+            self._graph = GraphProbe(model, device_type, self._autocast, modules, self._aliases, notify)
+            self._scaler = ScalerProbe()
+        extensions: ExtensionOps | None = None
+        if replayed:
+            self._writes = WriteProbe(model, lambda: modules.current)
+            extensions = ExtensionOps(self._writes)
+        probes = (self._autocast, modules, self._aliases, self._graph, self._scaler, self._writes, extensions)
+        self._probes = [probe for probe in probes if probe is not None]
+        self._to_enter = [probe for probe in self._probes if probe is not autocast]
+        self._complete = not compiled
+        self._fault: Exception | None = None
+        self._died_of: BaseException | None = None
+        self.batch = batch
+        self._model = model
+        self.replayed: GraphTrace | None = None
+        """What a replay of the step showed of its graph, where something was suspected."""
+
+    def __enter__(self) -> WatchedStep:
+        try:
+            for probe in self._to_enter:
+                # Ahead of its entry, which may fail half-way.
+                self._stack.callback(self._remove, probe)
+                probe.__enter__()
+        except Exception as error:  # noqa: BLE001 - told when the step ends
+            self._fault = bare(error)
+            self.abandon()
+        except BaseException:
+            self.abandon()
+            raise
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abandon()
+        self._died_of = exc
+        self._ended(self, exc)
+
+    def abandon(self) -> None:
+        """Remove the probes; nobody is told."""
+        self._stack.close()
+
+    def _remove(self, probe: Probe) -> None:
+        try:
+            undo(probe.__exit__, None, None, None)
+        except Exception as error:  # noqa: BLE001 - told when the step ends
+            self._fault = self._fault or bare(error)
+
+    @property
+    def inside_model(self) -> bool:
+        """Whether the running thread is inside a call of the model that began in this step."""
+        return self._modules.current is not None
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The gradient scaler that the step used so far."""
+        return self._scaler.used if self._scaler is not None else None
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the latest failing backward pass of a replayed step raised, where that went elsewhere."""
+        return self._graph.failure if self._graph is not None and self._writes is not None else None
+
+    def trace(self) -> StepTrace:
+        """What was seen so far. Raises the first error of a probe."""
+        for error in (self._fault, *(probe.error for probe in self._probes)):
+            if error is not None:
+                raise error
+        return StepTrace(
+            calls=self._modules.calls,
+            regions=tuple(self._autocast.regions),
+            cache_cleared=self._autocast.cache_cleared,
+            complete=self._complete,
+            ops=self._graph.calls if self._graph else (),
+            model=self._info,
+            scaling=self._scaler.calls if self._scaler else (),
+            died_of=described(self._died_of) if self._died_of is not None else None,
+        )
+
+    def graph(self, error: BaseException | None = None) -> GraphTrace | None:
+        """What was seen of the autograd graph, with the stale tensors behind ``error``; ``None``: it was not looked
+        at. Raises the first error of the probe."""
+        if self._writes is not None:
+            return graph_trace(self._writes, error)
+        if self._graph is None or self._aliases is None:
+            return None
+        if self.replayed is not None:
+            return self.replayed
+        unchecked, backwards = self._aliases.unchecked, tuple(self._graph.backwards)
+        return GraphTrace(unchecked=unchecked, backwards=backwards, hooked=hooked_modules(self._model))
+
+
+def merged(earlier: StepTrace | None, step: StepTrace) -> StepTrace:
+    """Two watched steps of one phase as one trace."""
+    if earlier is None:
+        return step
+    shift = len(earlier.regions)
+    calls = (replace(c, region=None if c.region is None else c.region + shift) for c in step.calls)
+    regions = (
+        replace(r, index=r.index + shift, outer=None if r.outer is None else r.outer + shift) for r in step.regions
+    )
+    return replace(
+        step,
+        calls=(*earlier.calls, *calls),
+        regions=(*earlier.regions, *regions),
+        ops=(*earlier.ops, *step.ops),
+        scaling=(*earlier.scaling, *step.scaling),
+        steps=earlier.steps + step.steps,
+        cache_cleared=earlier.cache_cleared or step.cache_cleared,
+    )

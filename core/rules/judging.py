@@ -1,0 +1,59 @@
+"""Which rules are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ampcheck.rules import RULES
+from ampcheck.rules.rule import Finding, Rule, Severity
+from ampcheck.trace import Trace
+
+
+def selected(select: str | Iterable[str] = (), ignore: str | Iterable[str] = ()) -> tuple[Rule, ...]:
+    """The rules whose code starts with one of ``select`` (empty: all) and with none of ``ignore``.
+
+    Both take codes or their beginnings (``"AMP101"``, ``"AMP2"``), comma-separated or as several strings. Raises
+    ``ValueError`` for one that begins no rule's code.
+    """
+    wanted, unwanted = _prefixes(select), _prefixes(ignore)
+    return tuple(
+        rule for rule in RULES if (not wanted or rule.code.startswith(wanted)) and not rule.code.startswith(unwanted)
+    )
+
+
+def judge(trace: Trace, rules: Iterable[Rule]) -> tuple[tuple[Finding, ...], dict[str, str]]:
+    """The findings of ``rules`` on a trace, most severe first, and by code why a rule could not be judged. A rule
+    about what this run does not have (a failure, an averaged copy) finds nothing."""
+    findings: list[Finding] = []
+    not_judged: dict[str, str] = {}
+    for rule in rules:
+        missing = rule.missing(trace)
+        if missing is None:
+            findings.extend(rule(trace))
+        elif missing in trace.unobserved:
+            not_judged[rule.code] = trace.unobserved[missing]
+    return tuple(sorted(findings, key=lambda finding: (-finding.severity, finding.code))), not_judged
+
+
+def reaching(findings: Iterable[Finding], severity: Severity | None) -> tuple[Finding, ...]:
+    """The findings that are at least as severe."""
+    return tuple(f for f in findings if severity is not None and f.severity >= severity)
+
+
+def threshold(fail_on: str) -> Severity | None:
+    """The severity that ``fail_on`` names; ``None`` for ``"never"``. Raises ``ValueError`` for another word."""
+    if fail_on == "never":
+        return None
+    if fail_on not in ("error", "warning"):
+        raise ValueError(f"fail_on must be 'error', 'warning' or 'never', not {fail_on!r}")
+    return Severity[fail_on.upper()]
+
+
+def _prefixes(codes: str | Iterable[str]) -> tuple[str, ...]:
+    if isinstance(codes, str):
+        codes = codes.split(",")
+    prefixes = tuple(code.strip().upper() for code in codes if code.strip())
+    for prefix in prefixes:
+        if not any(rule.code.startswith(prefix) for rule in RULES):
+            raise ValueError(f"no rule's code begins with {prefix!r}; `ampcheck rules` lists them")
+    return prefixes

@@ -1,0 +1,1 @@
+"""Places in source code, and text that is safe to print."""

@@ -1,0 +1,84 @@
+"""What was seen of the autograd graph: writes, saves, views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ampcheck.trace.site import Site
+
+Writer = Literal["code", "optimizer", "buffer-broadcast", "parameter-gather"]
+Silent = Literal["untracked", "hooks", "outside", "unmarked"]
+
+
+@dataclass(frozen=True)
+class Write:
+    """A write to a tensor's memory. ``by`` tells whose it was: the code's own, an optimizer's, or data-parallel
+    training's, which sends the buffers of rank 0 to all. ``library`` is the line of the library, other than PyTorch,
+    that the user's line led to. Versions and shape are those of the tensor that was written to."""
+
+    op: str
+    site: Site | None
+    library: Site | None = None
+    by: Writer = "code"
+    version_before: int | None = None
+    version_after: int | None = None
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StaleTensor:
+    """A saved tensor that was overwritten after autograd saved it.
+
+    ``node`` and ``slot`` say what saved it (``ReluBackward0``, ``result``), ``op`` the op of the forward pass, and
+    ``name`` the parameter or buffer that it is. ``writes`` are those since the save, earliest first; none where the
+    write was not seen. ``silent`` says why PyTorch's own check passed it: ``"untracked"``, the write went past the
+    version counter; ``"hooks"``, saved-tensor hooks; ``"outside"``, the content changed and no op of PyTorch's
+    wrote it; ``"unmarked"``, a custom function wrote to its input without ``mark_dirty``. ``None``: PyTorch found it.
+    """
+
+    node: str
+    slot: str | None
+    dtype: str
+    shape: tuple[int, ...]
+    op: str | None = None
+    save: Site | None = None
+    library: Site | None = None
+    writes: tuple[Write, ...] = ()
+    version_saved: int | None = None
+    version_found: int | None = None
+    name: str | None = None
+    buffer: bool = False
+    silent: Silent | None = None
+
+
+@dataclass(frozen=True)
+class UncheckedSave:
+    """A tensor that saved-tensor hooks handed back as it was: its version is no longer checked. ``hooks`` is the
+    site of the hook that packed it, where this PyTorch can tell."""
+
+    node: str
+    save: Site | None
+    hooks: Site | None
+
+
+@dataclass(frozen=True)
+class GraphTrace:
+    """What the write probe saw of the autograd graph. Of ``stale`` the first is the one that backward met first.
+
+    ``views`` are the calls that returned several views at once (``split``, ``unbind``), ``inference`` those that
+    made tensors under ``inference_mode``, ``backwards`` the backward passes begun, and ``cut`` the calls behind
+    which the failing loss has no graph: each the site of the call, the latest last. ``hooked`` names the modules with
+    full backward hooks, and ``replay`` says how a replay of the failing batch went, where there was one.
+    ``written_views`` are those of ``views`` whose base was written to later, each with the writes.
+    """
+
+    stale: tuple[StaleTensor, ...] = ()
+    unchecked: tuple[UncheckedSave, ...] = ()
+    views: tuple[Site, ...] = ()
+    inference: tuple[Site, ...] = ()
+    backwards: tuple[Site, ...] = ()
+    cut: tuple[Site, ...] = ()
+    hooked: tuple[str, ...] = ()
+    replay: str | None = None
+    written_views: tuple[tuple[Site, tuple[Site, ...]], ...] = ()

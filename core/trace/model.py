@@ -1,0 +1,117 @@
+"""What a model, its optimizers and its scaler are made of, and where they run: what the fit-start walk sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Host:
+    """The framework that owns the training loop, and the remedies in its own words, by rule code."""
+
+    name: str
+    version: str
+    fixes: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The torch in use. ``native`` maps ``(device type, dtype)`` to whether the device computes in that dtype
+    natively: true, false (not supported, or emulated), absent where torch cannot tell.
+
+    ``autocast_cache_fault``: weights cast under ``no_grad`` stay in autocast's cache and lose their gradients
+    (https://github.com/pytorch/pytorch/issues/158232), found by trying it.
+    """
+
+    torch: str
+    native: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    autocast_cache_fault: bool = False
+
+
+class TensorInfo(NamedTuple):
+    """A parameter or buffer, by its qualified name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    device_type: str
+    requires_grad: bool = False
+    buffer: bool = False
+
+
+class ModuleInfo(NamedTuple):
+    """A module of the model with the tensors it owns itself: counts by dtype."""
+
+    name: str
+    type: str
+    parameters: Mapping[str, int] = {}
+    buffers: Mapping[str, int] = {}
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """An optimizer: how many parameter tensors it holds, how many of them are the model's, and their dtypes.
+
+    ``unscales``: it divides by the loss scale itself, as fused ones do, and takes float16 gradients. ``alike``: the
+    shapes of its parameters are those of the model's trainable ones, as of a copy.
+    """
+
+    type: str
+    parameters: int
+    of_model: int
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    unscales: bool = False
+    alike: bool = True
+
+
+@dataclass(frozen=True)
+class ScalerInfo:
+    """A gradient scaler. ``deprecated`` names the old spelling it was made with, if any."""
+
+    type: str
+    enabled: bool
+    device_type: str
+    deprecated: str | None = None
+
+
+class Policy(NamedTuple):
+    """The mixed precision policy of a sharded module, by the module's qualified name: the dtype it casts parameters
+    to for forward (``None``: it casts none), and whether it casts the module's inputs too. ``source`` spells it."""
+
+    module: str
+    dtype: str | None
+    casts_inputs: bool
+    source: str
+
+
+def encloses(outer: str, inner: str) -> bool:
+    """Whether the module ``outer`` is ``inner`` or holds it, by their qualified names."""
+    return not outer or inner == outer or inner.startswith(f"{outer}.")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The fit-start walk over one model. ``device_type`` is where most of its elements lie. ``policies`` are those of
+    the modules that are sharded, outermost first."""
+
+    type: str
+    device_type: str
+    modules: tuple[ModuleInfo, ...] = ()
+    tensors: tuple[TensorInfo, ...] = ()
+    compiled: bool = False
+    policies: tuple[Policy, ...] = ()
+
+    def policy_of(self, module: str | None) -> Policy | None:
+        """The policy that a module is under: that of the innermost sharded module around it."""
+        around = [p for p in self.policies if module is not None and encloses(p.module, module)]
+        return max(around, key=lambda policy: len(policy.module), default=None)
+
+    @property
+    def parameters(self) -> tuple[TensorInfo, ...]:
+        return tuple(t for t in self.tensors if not t.buffer)
+
+    @property
+    def buffers(self) -> tuple[TensorInfo, ...]:
+        return tuple(t for t in self.tensors if t.buffer)

@@ -1,0 +1,27 @@
+"""A place in somebody's source."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["write", "save", "raise", "cast", "call"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in somebody's source: file, line and function, and what happened there."""
+
+    file: str
+    line: int
+    function: str
+    code: str = ""
+    role: Role = "call"
+    module: str | None = None
+    op: str | None = None
+    node: str | None = None
+    slot: str | None = None
+
+    def __str__(self) -> str:
+        return f"{os.path.basename(self.file)}:{self.line}"

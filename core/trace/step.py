@@ -1,0 +1,157 @@
+"""What a watched step showed: module calls, autocast, loss scaling."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ampcheck.trace.model import ModelInfo
+from ampcheck.trace.site import Site
+
+Phase = Literal["training", "evaluation"]
+
+
+class AutocastState(NamedTuple):
+    """Autocast as it stood at one moment, for the model's device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: str
+    cache: bool = True
+
+    def __str__(self) -> str:
+        return f"autocast {self.dtype}" if self.enabled else "autocast off"
+
+
+@dataclass(frozen=True)
+class AutocastRegion:
+    """An autocast region that was entered. ``requested`` is the ``enabled=`` it was made with and ``enabled`` what
+    torch made of it (``None``: it was made before the watch began). ``outer`` is the index of the region around it.
+    ``by_user`` is false where installed code entered it, whatever user code called that. ``left_by`` is the exception
+    that left it (see ``described``), which was raised under it.
+    """
+
+    index: int
+    device_type: str
+    dtype: str
+    enabled: bool
+    requested: bool | None
+    cache: bool
+    site: Site | None
+    deprecated: str | None = None
+    outer: int | None = None
+    by_user: bool = True
+    left_by: str | None = None
+
+    def is_for(self, device_type: str) -> bool:
+        """Whether the region acts on ``device_type``; ``autocast("cuda:0")`` does on ``"cuda"``."""
+        return self.device_type.partition(":")[0] == device_type
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """Calls of one module that looked alike. ``inputs`` and ``outputs`` are the dtypes of floating tensors in
+    order, ``region`` the innermost autocast region around the call (an index into ``StepTrace.regions``).
+    ``module`` is the qualified name, or ``None`` for a module that is no part of the model (a loss, say).
+    ``parameters`` are the dtypes that the module's own parameters had while a sharded model computed with them.
+    """
+
+    module: str | None
+    type: str
+    autocast: AutocastState
+    region: int | None
+    grad_enabled: bool
+    in_backward: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    count: int = 1
+    leaf: bool = True
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An input of an op. ``name`` is the qualified name of the parameter or buffer it is, or is a view of."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """Calls of one function that looked alike and are of interest to a rule (see ``ampcheck.observe.probes.graph``)."""
+
+    op: str
+    module: str | None
+    autocast: AutocastState
+    operands: tuple[Operand, ...]
+    outputs: tuple[str, ...]
+    site: Site | None
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class ScalerCall:
+    """A call of interest to loss scaling, in the order they came: ``scale``, ``backward``, ``unscale``, ``clip``,
+    ``step`` or ``update``; calls of a disabled scaler are left out.
+
+    ``optimizers`` numbers the optimizers it concerns, in the order the scaler stepped or unscaled them. ``scaled``
+    says of ``backward`` that the loss was scaled, of ``clip`` that gradients were clipped while still scaled.
+    ``skipped`` says of ``step`` that the scaler left the optimizer's step out. ``None``: not to be told.
+    """
+
+    op: str
+    site: Site | None
+    optimizers: tuple[int, ...] = ()
+    scaled: bool | None = None
+    skipped: bool | None = None
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One watched phase. ``model`` is the walk over what was evaluated, where that is another object than the
+    model that trains (an averaged or a half-precision copy). ``cache_cleared`` says that somebody called
+    ``torch.clear_autocast_cache`` inside a region. ``complete`` is false where something was compiled, so that only
+    the way into it was seen."""
+
+    calls: tuple[ModuleCall, ...] = ()
+    regions: tuple[AutocastRegion, ...] = ()
+    ops: tuple[OpCall, ...] = ()
+    steps: int = 1
+    model: ModelInfo | None = None
+    cache_cleared: bool = False
+    complete: bool = True
+    scaling: tuple[ScalerCall, ...] = ()
+    died_of: str | None = None
+
+    @functools.cached_property
+    def forward(self) -> tuple[ModuleCall, ...]:
+        """The calls of the forward pass: those that backward repeats left out, and where some ran with gradients
+        those that ran without (a teacher, a metric) too."""
+        calls = tuple(call for call in self.calls if not call.in_backward)
+        return tuple(call for call in calls if call.grad_enabled) or calls
+
+    @functools.cached_property
+    def in_force(self) -> Counter[str]:
+        """Module calls of the forward pass by the autocast dtype they ran under; calls with autocast off left out. A
+        host may enter autocast around a model that leaves it again: none, where no module inside another ran under
+        it."""
+        dtypes: Counter[str] = Counter()
+        inner = [call for call in self.forward if call.leaf]
+        if inner and not any(call.autocast.enabled for call in inner):
+            return dtypes
+        for call in self.forward:
+            if call.autocast.enabled:
+                dtypes[call.autocast.dtype] += call.count
+        return dtypes
+
+    def around(self, index: int | None) -> Iterator[AutocastRegion]:
+        """Region ``index`` and the regions around it, innermost first."""
+        while index is not None:
+            region = self.regions[index]
+            yield region
+            index = region.outer

@@ -1,0 +1,43 @@
+"""All that is known of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ampcheck.precision import Precision
+from ampcheck.trace.comparison import Comparison
+from ampcheck.trace.failure import Failure
+from ampcheck.trace.graph import GraphTrace
+from ampcheck.trace.model import Environment, Host, ModelInfo, OptimizerInfo, ScalerInfo
+from ampcheck.trace.step import StepTrace
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that is known of a run. A fact that was not observed is ``None``, and ``unobserved`` says why, by field.
+
+    ``internal_error`` is the exception that made AmpCheck switch itself off, in one line.
+    """
+
+    precision: Precision = field(default_factory=Precision)
+    environment: Environment = field(default_factory=lambda: Environment(torch=""))
+    host: Host | None = None
+    model: ModelInfo | None = None
+    optimizers: tuple[OptimizerInfo, ...] = ()
+    scaler: ScalerInfo | None = None
+    averaged: ModelInfo | None = None
+    training: StepTrace | None = None
+    evaluation: StepTrace | None = None
+    failure: Failure | None = None
+    graph: GraphTrace | None = None
+    comparison: Comparison | None = None
+    unobserved: Mapping[str, str] = field(default_factory=dict)
+    internal_error: str | None = None
+
+    @property
+    def uncompiled(self) -> Literal[True] | None:
+        """True where nothing is compiled, so that what runs inside the model was seen; else ``None``."""
+        compiled = self.model is not None and self.model.compiled
+        return None if compiled or (self.training is not None and not self.training.complete) else True
