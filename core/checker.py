@@ -27,7 +27,7 @@ from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
 from ampcheck.observe.replay import replay
 from ampcheck.observe.rerun import of_frame, of_traceback
-from ampcheck.observe.step import WatchedStep, merged
+from ampcheck.observe.step import WatchedStep
 from ampcheck.observe.walk import (
     anything_compiled,
     environment,
@@ -495,7 +495,8 @@ class AmpChecker:
             self.switch_off(fault)
 
     def _take(self, phase: Phase, seen: StepTrace, graph: GraphTrace | None) -> None:
-        seen = merged(self._trace.training if phase == "training" else self._trace.evaluation, seen)
+        earlier = self._trace.training if phase == "training" else self._trace.evaluation
+        seen = seen if earlier is None else earlier.followed_by(seen)
         self._trace = Seen(phase, seen, graph).added_to(self._trace)
         if phase == "evaluation":
             self._evaluation_left = False

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.hooks import RemovableHandle
 
 from ampcheck.export.values import Inputs, tensors_in
+from ampcheck.observe.tensors import same_values
 from ampcheck.observe.walk import dtype_name, module_names
 from ampcheck.source.lines import is_library, is_ours, is_torch, site_of
 from ampcheck.trace import Site
@@ -172,7 +173,7 @@ def quiet_state(seed: int, *models: nn.Module) -> Iterator[Callable[[], list[str
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, NaN included."""
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    return a.shape == b.shape and a.dtype == b.dtype and same_values(a, b)
 
 
 def snapshot(value: Any) -> Any:

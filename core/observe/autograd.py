@@ -1,4 +1,4 @@
-"""Walks over an autograd graph, and over the tensors in what is called and returned."""
+"""Walks over an autograd graph."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ from typing import Any
 
 import torch
 
+from ampcheck.observe.tensors import tensors_in
+
 _AUTOGRAD: Any = torch._C._autograd
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts, in order. A container is entered once: it may hold itself."""
-    pending, entered = [value], dict[int, Any]()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in entered:
-            entered[id(value)] = value
-            pending += reversed(value.values() if isinstance(value, dict) else value)
 
 
 def nodes_behind(values: Any, most: int | None = None) -> Iterator[Any]:
@@ -95,3 +85,8 @@ def active_hooks() -> Callable[..., Any] | bool:
     finally:
         _AUTOGRAD._saved_tensors_hooks_enable()
     return False
+
+
+def is_pytorchs_hook(hook: Any) -> bool:
+    """Whether a saved-tensor hook is PyTorch's own, a checkpoint's say."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.")

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ampcheck.observe.autograd import leaves_behind, tensors_in
+from ampcheck.observe.autograd import leaves_behind
 from ampcheck.observe.probes.listening import nobody_listening
 from ampcheck.observe.probes.modules import on_module_calls
 from ampcheck.observe.state import draw_from, everything_put_back, random_state, same_random_state
+from ampcheck.observe.tensors import tensors_in
 from ampcheck.observe.walk import is_sharded
 
 T = TypeVar("T")

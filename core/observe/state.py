@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ampcheck.observe.probes.containment import undo
+from ampcheck.observe.tensors import same_values
 from ampcheck.source.lines import is_library
 
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque, Counter, bytearray)
@@ -109,8 +110,13 @@ class _Kept:
         while self._pending and len(self._seen) < _MOST_OBJECTS:
             value = self._pending.pop()
             if self._is_new(value):
-                with contextlib.suppress(Exception):
+                try:
                     self._one(value)
+                except (MemoryError, torch.OutOfMemoryError):
+                    # What is not kept could not be put back.
+                    raise
+                except Exception:  # noqa: BLE001, S110 - an object that cannot be looked at is left alone
+                    pass
 
     def _is_new(self, value: Any) -> bool:
         if id(value) in self._seen:
@@ -125,13 +131,9 @@ class _Kept:
             # Data beyond the budget is left alone: nobody trains it, and to copy it may take all memory there is.
             if kind in (torch.Tensor, nn.Parameter) and (value.requires_grad or self._affords(value)):
                 self._keep(value)
-        elif isinstance(value, torch.optim.Optimizer):
+        elif isinstance(value, (torch.optim.Optimizer, torch.amp.GradScaler)):
             self.attributes(value.__dict__)
-            for state in (*value.param_groups, *value.state.values()):
-                self.attributes(state)
-        elif isinstance(value, torch.amp.GradScaler):
-            self.attributes(value.__dict__)
-            for state in getattr(value, "_per_optimizer_states", {}).values():
+            for state in _states_of(value):
                 self.attributes(state)
         elif isinstance(value, torch.optim.lr_scheduler.LRScheduler):
             self._object(value)
@@ -238,6 +240,13 @@ class _Kept:
         self._pending.append(type(value))
 
 
+def _states_of(value: torch.optim.Optimizer | torch.amp.GradScaler) -> Iterable[dict[str, Any]]:
+    """The dicts in which an optimizer or a scaler keeps its tensors."""
+    if isinstance(value, torch.optim.Optimizer):
+        return (*value.param_groups, *value.state.values())
+    return getattr(value, "_per_optimizer_states", {}).values()
+
+
 def _call(function: Callable[..., Any], *args: Any) -> Callable[[], None]:
     return lambda: function(*args)
 
@@ -342,7 +351,7 @@ def _write_back(tensor: torch.Tensor, content: torch.Tensor) -> None:
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.layout is not torch.strided or one.is_quantized:
         return False
-    return bool(((one == other) | ((one != one) & (other != other))).all()) and not _signs_differ(one, other)
+    return same_values(one, other) and not _signs_differ(one, other)
 
 
 def _signs_differ(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import replace
 from types import FrameType, TracebackType
 
 import torch
@@ -14,17 +13,18 @@ from torch import nn
 from ampcheck.observe.probes.aliases import AliasProbe
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, undo
+from ampcheck.observe.probes.dispatch import DispatchProbe
+from ampcheck.observe.probes.extension_ops import ExtensionOps
 from ampcheck.observe.probes.graph import GraphProbe
 from ampcheck.observe.probes.modules import ModuleProbe
 from ampcheck.observe.probes.saved_tensors import graph_trace
 from ampcheck.observe.probes.scaler import ScalerProbe
-from ampcheck.observe.probes.writes import ExtensionOps, WriteProbe
 from ampcheck.observe.walk import hooked_modules
 from ampcheck.trace import GraphTrace, ModelInfo, Phase, StepTrace, described
 
 Ended = Callable[["WatchedStep", BaseException | None], None]
 Suspected = Callable[["WatchedStep", FrameType], None]
-Probe = AliasProbe | AutocastProbe | ModuleProbe | GraphProbe | ScalerProbe | WriteProbe | ExtensionOps
+Probe = AliasProbe | AutocastProbe | ModuleProbe | GraphProbe | ScalerProbe | DispatchProbe | ExtensionOps
 
 
 class WatchedStep:
@@ -62,7 +62,7 @@ class WatchedStep:
         self._aliases: AliasProbe | None = None
         self._graph: GraphProbe | None = None
         self._scaler: ScalerProbe | None = None
-        self._writes: WriteProbe | None = None
+        self._dispatch: DispatchProbe | None = None
         if phase == "training":
             notify = None if suspected is None else functools.partial(suspected, self)
             self._aliases = AliasProbe(modules)
@@ -70,9 +70,9 @@ class WatchedStep:
             self._scaler = ScalerProbe()
         extensions: ExtensionOps | None = None
         if replayed:
-            self._writes = WriteProbe(model, lambda: modules.current)
-            extensions = ExtensionOps(self._writes)
-        probes = (self._autocast, modules, self._aliases, self._graph, self._scaler, self._writes, extensions)
+            self._dispatch = DispatchProbe(model, lambda: modules.current)
+            extensions = ExtensionOps(self._dispatch)
+        probes = (self._autocast, modules, self._aliases, self._graph, self._scaler, self._dispatch, extensions)
         self._probes = [probe for probe in probes if probe is not None]
         self._to_enter = [probe for probe in self._probes if probe is not autocast]
         self._complete = not compiled
@@ -127,7 +127,7 @@ class WatchedStep:
     @property
     def failure(self) -> BaseException | None:
         """What the latest failing backward pass of a replayed step raised, where that went elsewhere."""
-        return self._graph.failure if self._graph is not None and self._writes is not None else None
+        return self._graph.failure if self._graph is not None and self._dispatch is not None else None
 
     def trace(self) -> StepTrace:
         """What was seen so far. Raises the first error of a probe."""
@@ -148,31 +148,11 @@ class WatchedStep:
     def graph(self, error: BaseException | None = None) -> GraphTrace | None:
         """What was seen of the autograd graph, with the stale tensors behind ``error``; ``None``: it was not looked
         at. Raises the first error of the probe."""
-        if self._writes is not None:
-            return graph_trace(self._writes, error)
+        if self._dispatch is not None:
+            return graph_trace(self._dispatch, error)
         if self._graph is None or self._aliases is None:
             return None
         if self.replayed is not None:
             return self.replayed
         unchecked, backwards = self._aliases.unchecked, tuple(self._graph.backwards)
         return GraphTrace(unchecked=unchecked, backwards=backwards, hooked=hooked_modules(self._model))
-
-
-def merged(earlier: StepTrace | None, step: StepTrace) -> StepTrace:
-    """Two watched steps of one phase as one trace."""
-    if earlier is None:
-        return step
-    shift = len(earlier.regions)
-    calls = (replace(c, region=None if c.region is None else c.region + shift) for c in step.calls)
-    regions = (
-        replace(r, index=r.index + shift, outer=None if r.outer is None else r.outer + shift) for r in step.regions
-    )
-    return replace(
-        step,
-        calls=(*earlier.calls, *calls),
-        regions=(*earlier.regions, *regions),
-        ops=(*earlier.ops, *step.ops),
-        scaling=(*earlier.scaling, *step.scaling),
-        steps=earlier.steps + step.steps,
-        cache_cleared=earlier.cache_cleared or step.cache_cleared,
-    )

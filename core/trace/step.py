@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
 from ampcheck.trace.model import ModelInfo
@@ -111,6 +112,11 @@ class ScalerCall:
     skipped: bool | None = None
 
 
+# What two steps make of a fact. One that says none fails as soon as two steps are watched.
+_ADDED, _EITHER, _BOTH = {"merge": operator.add}, {"merge": operator.or_}, {"merge": operator.and_}
+_LATER = {"merge": lambda earlier, later: later}
+
+
 @dataclass(frozen=True)
 class StepTrace:
     """One watched phase. ``model`` is the walk over what was evaluated, where that is another object than the
@@ -118,15 +124,15 @@ class StepTrace:
     ``torch.clear_autocast_cache`` inside a region. ``complete`` is false where something was compiled, so that only
     the way into it was seen."""
 
-    calls: tuple[ModuleCall, ...] = ()
-    regions: tuple[AutocastRegion, ...] = ()
-    ops: tuple[OpCall, ...] = ()
-    steps: int = 1
-    model: ModelInfo | None = None
-    cache_cleared: bool = False
-    complete: bool = True
-    scaling: tuple[ScalerCall, ...] = ()
-    died_of: str | None = None
+    calls: tuple[ModuleCall, ...] = field(default=(), metadata=_ADDED)
+    regions: tuple[AutocastRegion, ...] = field(default=(), metadata=_ADDED)
+    ops: tuple[OpCall, ...] = field(default=(), metadata=_ADDED)
+    steps: int = field(default=1, metadata=_ADDED)
+    model: ModelInfo | None = field(default=None, metadata=_LATER)
+    cache_cleared: bool = field(default=False, metadata=_EITHER)
+    complete: bool = field(default=True, metadata=_BOTH)
+    scaling: tuple[ScalerCall, ...] = field(default=(), metadata=_ADDED)
+    died_of: str | None = field(default=None, metadata=_LATER)
 
     @functools.cached_property
     def forward(self) -> tuple[ModuleCall, ...]:
@@ -148,6 +154,19 @@ class StepTrace:
             if call.autocast.enabled:
                 dtypes[call.autocast.dtype] += call.count
         return dtypes
+
+    def followed_by(self, later: StepTrace) -> StepTrace:
+        """Two watched steps of one phase as one. The regions of the later one are numbered on."""
+        shift = len(self.regions)
+
+        def shifted(index: int | None) -> int | None:
+            return None if index is None else index + shift
+
+        regions = (replace(one, index=one.index + shift, outer=shifted(one.outer)) for one in later.regions)
+        calls = (replace(call, region=shifted(call.region)) for call in later.calls)
+        later = replace(later, regions=tuple(regions), calls=tuple(calls))
+        both = ((fact, getattr(self, fact.name), getattr(later, fact.name)) for fact in fields(self))
+        return StepTrace(**{fact.name: fact.metadata["merge"](one, other) for fact, one, other in both})
 
     def around(self, index: int | None) -> Iterator[AutocastRegion]:
         """Region ``index`` and the regions around it, innermost first."""

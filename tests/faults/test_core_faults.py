@@ -18,12 +18,13 @@ from programs import PROGRAMS
 
 from ampcheck.observe.probes.aliases import AliasProbe
 from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.dispatch import DispatchProbe
+from ampcheck.observe.probes.extension_ops import ExtensionOps
 from ampcheck.observe.probes.graph import GraphProbe
 from ampcheck.observe.probes.modules import ModuleProbe
 from ampcheck.observe.probes.scaler import ScalerProbe
-from ampcheck.observe.probes.writes import ExtensionOps, WriteProbe
 
-PROBES = (AliasProbe, AutocastProbe, ExtensionOps, GraphProbe, ModuleProbe, ScalerProbe, WriteProbe)
+PROBES = (AliasProbe, AutocastProbe, ExtensionOps, GraphProbe, ModuleProbe, ScalerProbe, DispatchProbe)
 
 # What torch, the user or Python call directly, and what contains the faults of all others: a line or two, no more.
 CONTAINS = {
@@ -43,11 +44,11 @@ CONTAINS = {
     "observe/probes/scaler-ScalerProbe._will_clip",
     # What these raise Python ignores.
     "observe/probes/aliases-_Held.__del__",
-    "observe/probes/log-GraphLog.__del__",
-    "observe/probes/writes-ExtensionOps.__torch_function__",
-    "observe/probes/writes-WriteProbe.__torch_dispatch__",
-    "observe/probes/writes-WriteProbe.apart",
-    "observe/probes/writes-_counting",
+    "observe/probes/graph_log-GraphLog.__del__",
+    "observe/probes/extension_ops-ExtensionOps.__torch_function__",
+    "observe/probes/dispatch-DispatchProbe.__torch_dispatch__",
+    "observe/probes/extension_ops-ExtensionOps._apart",
+    "observe/probes/known_ops-counting_versions",
     "checker-AmpChecker.training_step",
     "checker-AmpChecker.watching",
     "loops/watch-watch.__exit__",

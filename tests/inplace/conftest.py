@@ -12,9 +12,9 @@ from torch import nn
 
 from ampcheck.failure import examine
 from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.dispatch import DispatchProbe
 from ampcheck.observe.probes.modules import ModuleProbe
 from ampcheck.observe.probes.saved_tensors import graph_trace
-from ampcheck.observe.probes.writes import WriteProbe
 from ampcheck.observe.walk import walk
 from ampcheck.rules import RULES
 from ampcheck.rules.rule import Finding
@@ -32,7 +32,7 @@ class Recorder:
     @contextlib.contextmanager
     def __call__(self, model: nn.Module, **_: Any) -> Iterator[None]:
         modules = ModuleProbe(model, "cpu", AutocastProbe())
-        probe = WriteProbe(model, lambda: modules.current)
+        probe = DispatchProbe(model, lambda: modules.current)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

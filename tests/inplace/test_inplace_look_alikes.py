@@ -13,7 +13,7 @@ from cases.inplace_healthy import CASES
 from inplace.conftest import Recorder
 from torch import nn
 
-from ampcheck.observe.probes.writes import WriteProbe
+from ampcheck.observe.probes.dispatch import DispatchProbe
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -39,7 +39,7 @@ class Trained:
             for parameter in model.parameters():
                 if not isinstance(parameter, nn.UninitializedParameter):
                     parameter.copy_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape))
-        with WriteProbe(model, lambda: None) if self.watched else contextlib.nullcontext():
+        with DispatchProbe(model, lambda: None) if self.watched else contextlib.nullcontext():
             yield
         self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self.tensors |= {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}

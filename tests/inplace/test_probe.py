@@ -19,8 +19,8 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
+from ampcheck.observe.probes.dispatch import DispatchProbe
 from ampcheck.observe.probes.saved_tensors import graph_trace
-from ampcheck.observe.probes.writes import WriteProbe
 
 
 class Counter(TorchDispatchMode):
@@ -35,8 +35,8 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def probe_of(model: nn.Module) -> WriteProbe:
-    return WriteProbe(model, lambda: None)
+def probe_of(model: nn.Module) -> DispatchProbe:
+    return DispatchProbe(model, lambda: None)
 
 
 def failing_step(model: nn.Module) -> None:
@@ -48,7 +48,7 @@ def failing_step(model: nn.Module) -> None:
 def test_enters_and_leaves_wherever_others_begin_and_end() -> None:
     model = nn.Linear(4, 2)
 
-    def seen_by_others(probe: WriteProbe | None) -> list[int]:
+    def seen_by_others(probe: DispatchProbe | None) -> list[int]:
         first, second = Counter(), Counter()
         mine = [] if probe is None else [probe]
         with contextlib.ExitStack() as users:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ampcheck.observe.probes.dispatch import DispatchProbe
 from ampcheck.observe.probes.saved_tensors import graph_trace
-from ampcheck.observe.probes.writes import WriteProbe
 from ampcheck.observe.replay import Replay, replay
 from ampcheck.trace import GraphTrace
 
@@ -82,7 +82,7 @@ class Run:
         }
 
     def replay(self, step: Any = None) -> Replay[GraphTrace]:
-        probe = WriteProbe(self.model, lambda: None)
+        probe = DispatchProbe(self.model, lambda: None)
         return replay(
             step or (lambda: self.model(self.batch)),
             lambda raised: graph_trace(probe, raised),
@@ -183,7 +183,7 @@ def test_no_replay(error: BaseException) -> None:
         raise AssertionError("replayed")
 
     result = replay(
-        step, lambda raised: raised, model=run.model, error=error, probes=lambda: WriteProbe(run.model, str)
+        step, lambda raised: raised, model=run.model, error=error, probes=lambda: DispatchProbe(run.model, str)
     )
 
     assert result.seen is None

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from ampcheck.observe.autograd import active_hooks, saved_slots, slot_value, tensors_in
+from ampcheck.observe.autograd import active_hooks, is_pytorchs_hook, saved_slots, slot_value
+from ampcheck.observe.probes.call_sites import CallSite, CallSites
 from ampcheck.observe.probes.containment import contained, hide_frame
+from ampcheck.observe.probes.graph_log import unchecked_save
 from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modes import alone, tracing
 from ampcheck.observe.probes.modules import ModuleProbe
-from ampcheck.observe.probes.places import Place, Places
+from ampcheck.observe.tensors import PLAIN, tensors_in
 from ampcheck.trace import UncheckedSave
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 _storage: Any = torch.UntypedStorage
 _TENSOR: Any = torch.Tensor
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 # A step that makes more aliases than this has a habit of it: the rest is not noted.
 _MOST = 10_000
 
@@ -71,14 +72,14 @@ class _Alias:
 
 
 class _Packed:
-    """A tensor that a saved-tensor hook was given; ``place`` and ``hooks`` are the line that saved it and the hook, of
-    hooks that are not PyTorch's own."""
+    """A tensor that a saved-tensor hook was given. Of hooks that are not PyTorch's own, ``call_site`` is the line that
+    saved it and ``hooks`` the hook."""
 
-    def __init__(self, tensor: torch.Tensor, place: Place | None, module: str | None, hooks: Any) -> None:
+    def __init__(self, tensor: torch.Tensor, call_site: CallSite | None, module: str | None, hooks: Any) -> None:
         self.held = _Held(tensor)
         self.module = module
         self.version = tensor._version
-        self.place = place
+        self.call_site = call_site
         self.hooks = hooks
 
 
@@ -98,7 +99,7 @@ class AliasProbe:
         self._packed: dict[int, list[_Packed]] = {}
         self._unchecked: dict[Any, UncheckedSave] = {}
         self._under_hooks: list[list[Any]] = []
-        self._places = Places()
+        self._call_sites = CallSites()
         self._listening = Listening()
         self._finalizers: list[weakref.finalize[Any, Any]] = []
         self._thread = threading.get_ident()
@@ -249,8 +250,8 @@ class AliasProbe:
     def _pack(self, tensor: Any, foreign: Any) -> None:
         with torch._C.DisableTorchFunction():
             if _is_plain(tensor):
-                place = self._places.find(sys._getframe(3)) if foreign is not None else None
-                one = _Packed(tensor, place, self._modules.current, foreign)
+                call_site = self._call_sites.find(sys._getframe(3)) if foreign is not None else None
+                one = _Packed(tensor, call_site, self._modules.current, foreign)
                 self._packed.setdefault(one.held.key, []).append(one)
 
     @contained
@@ -260,12 +261,9 @@ class AliasProbe:
                 return
             for one in self._packed.get(tensor.untyped_storage()._cdata, ()):
                 self.stale_under_hooks = self.stale_under_hooks or one.version < tensor._version
-                if one.place is not None and one.hooks not in self._unchecked:
+                if one.call_site is not None and one.hooks not in self._unchecked:
                     node: Any = torch._C._current_autograd_node()
-                    code = getattr(one.hooks, "__code__", None)
-                    hooks = Place((code, 0), None).site("call") if code is not None else None
-                    save = one.place.site("save", module=one.module, node=node.name())
-                    self._unchecked[one.hooks] = UncheckedSave(node.name(), save, hooks)
+                    self._unchecked[one.hooks] = unchecked_save(one.hooks, node.name(), one.call_site, one.module)
 
 
 _TELLS_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
@@ -273,13 +271,12 @@ _TELLS_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 
 def _is_foreign(pack: Any) -> bool:
     """Whether a pack hook is not PyTorch's own, nor ours around another."""
-    own = str(getattr(pack, "__module__", "")).startswith("torch.")
-    return not own and not hasattr(pack, "is_watched")
+    return not is_pytorchs_hook(pack) and not hasattr(pack, "is_watched")
 
 
 def _is_plain(tensor: Any) -> bool:
     """Whether a tensor lies in one storage and counts versions."""
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         return False
     with torch._C.DisableTorchFunction():
         return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_inference())

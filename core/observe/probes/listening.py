@@ -37,9 +37,9 @@ class Listening:
     def by(self, function: Any, made: Callable[[CodeType, list[Any]], CodeType], *listener: Any) -> None:
         """The same by the code ``made(its own code, listeners)``, which all who listen to ``function`` share."""
         _mind_forks()
-        place = _places.setdefault(function, _Place(function, made))
-        place.listeners.append((self, *listener))
-        place.renew()
+        heard = _functions.setdefault(function, _Function(function, made))
+        heard.listeners.append((self, *listener))
+        heard.renew()
         _mind_dynamo()
 
     def to_attribute(self, owner: Any, name: str, made: Callable[[Any, list[Any]], Any], listener: Any) -> None:
@@ -50,7 +50,7 @@ class Listening:
         stand_in.renew()
 
     def end(self) -> None:
-        everything: list[_Place | _StandIn] = [*_places.values(), *_attributes.values()]
+        everything: list[_Function | _StandIn] = [*_functions.values(), *_attributes.values()]
         for held in everything:
             if any(one[0] is self for one in held.listeners):
                 held.listeners[:] = [one for one in held.listeners if one[0] is not self]
@@ -58,7 +58,7 @@ class Listening:
         _mind_dynamo()
 
 
-class _Place:
+class _Function:
     """A function that may be listened to: its own code, and how to make the other one for the listeners."""
 
     def __init__(self, function: FunctionType, made: Callable[[CodeType, list[Any]], CodeType]) -> None:
@@ -107,7 +107,7 @@ class _StandIn:
             self._value = _ABSENT
 
 
-_places: dict[FunctionType, _Place] = {}
+_functions: dict[FunctionType, _Function] = {}
 _attributes: dict[tuple[int, str], _StandIn] = {}
 _compiling: list[Any] = []
 _ABSENT = object()
@@ -120,15 +120,15 @@ live: list[list[Any]] = []
 @contextlib.contextmanager
 def nobody_listening() -> Iterator[None]:
     """All who listen are set aside, but for those that come in the block."""
-    held: list[_Place | _StandIn] = [*_places.values(), *_attributes.values()]
+    held: list[_Function | _StandIn] = [*_functions.values(), *_attributes.values()]
     lists = [*live, *(one.listeners for one in held)]
     kept = [one[:] for one in lists]
 
     def renew(contents: Iterable[list[Any]]) -> None:
         for one, content in zip(lists, contents, strict=True):
             one[:] = content
-        for place in held:
-            place.renew()
+        for listened in held:
+            listened.renew()
 
     try:
         renew([] for _ in lists)
@@ -238,7 +238,7 @@ def _mind_forks() -> None:
 
 
 def _forked() -> None:
-    held: list[_Place | _StandIn] = [*_places.values(), *_attributes.values()]
+    held: list[_Function | _StandIn] = [*_functions.values(), *_attributes.values()]
     for one in (*live, *(each.listeners for each in held)):
         one.clear()
     for each in held:
@@ -247,7 +247,7 @@ def _forked() -> None:
 
 def _mind_dynamo() -> None:
     """Have Dynamo tell when it compiles, as long as anybody listens."""
-    anybody = any(place.listeners for place in _places.values())
+    anybody = any(function.listeners for function in _functions.values())
     if not anybody:
         _compiling.clear()
     dynamo = sys.modules.get("torch._dynamo")
@@ -282,5 +282,5 @@ def _compilation_ended(*_: Any) -> None:
 
 
 def _swap_all() -> None:
-    for place in _places.values():
-        place.swap()
+    for function in _functions.values():
+        function.swap()

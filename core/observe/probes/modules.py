@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ampcheck.observe.autograd import tensors_in
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.listening import Listening, disguised, live
+from ampcheck.observe.tensors import tensors_in
 from ampcheck.observe.walk import dtype_name, is_sharded, module_names
 from ampcheck.trace import AutocastState, ModuleCall
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ampcheck.observe.autograd import nodes_behind, saved_slots, slot_value
-from ampcheck.observe.probes.log import GraphLog, GraphOp, Overwrite, is_copy_slices, op_name
-from ampcheck.observe.probes.writes import WriteProbe
+from ampcheck.observe.probes.dispatch import DispatchProbe
+from ampcheck.observe.probes.graph_log import GraphLog, GraphOp, Overwrite, is_copy_slices, op_name
 from ampcheck.observe.walk import dtype_name
 from ampcheck.trace import GraphTrace, StaleTensor
 
@@ -20,7 +20,7 @@ _NODE = re.compile(r"which is output \d+ of (\w+?)(?:Backward\d*)?,")
 _SHAPE = re.compile(r"\[[\w.]+ \[([\d, ]*)\]\]")
 
 
-def graph_trace(probe: WriteProbe, error: BaseException | None = None, *, replay: str | None = None) -> GraphTrace:
+def graph_trace(probe: DispatchProbe, error: BaseException | None = None, *, replay: str | None = None) -> GraphTrace:
     """What ``probe`` saw, with the stale tensors behind ``error``. Raises the first error of the probe."""
     if probe.error is not None:
         raise probe.error

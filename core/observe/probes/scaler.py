@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from ampcheck.observe.autograd import leaves_behind, nodes_behind, tensors_in
+from ampcheck.observe.autograd import leaves_behind, nodes_behind
 from ampcheck.observe.probes.containment import contained
 from ampcheck.observe.probes.listening import Listening
+from ampcheck.observe.tensors import tensors_in
 from ampcheck.source.lines import calling_site
 from ampcheck.trace import ScalerCall, Site
 

@@ -23,7 +23,7 @@ _MARKED = {
 Instruction = tuple[CodeType, int]
 
 
-class Place(NamedTuple):
+class CallSite(NamedTuple):
     """A call: the innermost user frame, and the innermost frame of a library other than PyTorch that it led to.
     ``caller`` is the next user frame out, where the first may be the forward of a custom autograd function."""
 
@@ -32,10 +32,10 @@ class Place(NamedTuple):
     writer: Writer = "code"
     caller: Instruction | None = None
 
-    def applied(self, function: Any) -> Place:
-        """The line that applied a custom autograd function, where this place is in its forward."""
+    def applied(self, function: Any) -> CallSite:
+        """The line that applied a custom autograd function, where this is in its forward."""
         code = getattr(getattr(function, "forward", None), "__code__", None)
-        return Place(self.caller, None) if self.user and self.caller and self.user[0] is code else self
+        return CallSite(self.caller, None) if self.user and self.caller and self.user[0] is code else self
 
     def site(self, role: Role, **fields: Any) -> Site | None:
         """The user's line, or the library's where no frame is the user's."""
@@ -46,16 +46,16 @@ class Place(NamedTuple):
         return _site(self.library, role, fields) if self.user is not None else None
 
 
-class Places:
-    """Finds places. This runs for each op of a watched step, so what a code object is, is looked up once, and equal
-    places are one object. Code objects hash slowly: they are told apart by identity, and kept."""
+class CallSites:
+    """Finds call sites. This runs for each op of a replayed step, so what a code object is, is looked up once, and
+    equal call sites are one object. Code objects hash slowly: they are told apart by identity, and kept."""
 
     def __init__(self) -> None:
         self._kinds: dict[int, int] = {}
         self._codes: list[CodeType] = []
-        self._found: dict[tuple[int | str, ...], Place] = {}
+        self._found: dict[tuple[int | str, ...], CallSite] = {}
 
-    def find(self, frame: FrameType | None) -> Place:
+    def find(self, frame: FrameType | None) -> CallSite:
         user: FrameType | None = None
         library: FrameType | None = None
         caller: FrameType | None = None
@@ -88,23 +88,23 @@ class Places:
                 writer = "parameter-gather"
             frame = frame.f_back
         key = (*_instruction_key(user), *_instruction_key(library), *_instruction_key(caller), writer)
-        place = self._found.get(key)
-        if place is None:
-            place = Place(_instruction(user), _instruction(library), writer, _instruction(caller))
-            self._found[key] = place
-        return place
+        call_site = self._found.get(key)
+        if call_site is None:
+            call_site = CallSite(_instruction(user), _instruction(library), writer, _instruction(caller))
+            self._found[key] = call_site
+        return call_site
 
-    def find_step(self, frame: FrameType | None) -> Place:
-        """The place of ``frame``; inside an optimizer, whoever wrote it, the line that called its ``step``. What an
+    def find_step(self, frame: FrameType | None) -> CallSite:
+        """The call site of ``frame``; inside an optimizer, whoever wrote it, the line that called its ``step``. What an
         optimizer's closure writes is the closure's: between the two is a call that is no method of the optimizer."""
-        inner, place, called = frame, self.find(frame), frame
+        inner, call_site, called = frame, self.find(frame), frame
         while inner is not None:
             if self.kind(inner.f_code) == _OPTIMIZER:
-                return self.find(inner) if called is None or _is_of_optimizer(called) else place
+                return self.find(inner) if called is None or _is_of_optimizer(called) else call_site
             called, inner = inner, inner.f_back
             if self.kind(called.f_code) == _ENGINE or _is_module_call(called.f_code):
-                return place
-        return place
+                return call_site
+        return call_site
 
     def in_checkpoint(self, frame: FrameType | None) -> bool:
         """Whether checkpointing called this, in the forward pass or again."""

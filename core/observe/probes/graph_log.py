@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from ampcheck.observe.probes.places import Place
+from ampcheck.observe.probes.call_sites import CallSite
+from ampcheck.observe.tensors import storage_key
 from ampcheck.trace import Silent, Site, StaleTensor, UncheckedSave, Write
 
 Layout = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -23,16 +24,18 @@ class GraphOp:
     took (the first ``taken``) and returned, ``hooks`` the pack hook under which its tensors were saved (true: one that
     cannot be told)."""
 
-    __slots__ = ("event", "func", "hooks", "keys", "module", "on_view", "place", "sequence", "taken")
+    __slots__ = ("call_site", "event", "func", "hooks", "keys", "module", "on_view", "sequence", "taken")
 
-    def __init__(self, event: int, sequence: int, func: Any, place: Place, module: str | None, hooks: Hooks) -> None:
+    def __init__(
+        self, event: int, sequence: int, func: Any, call_site: CallSite, module: str | None, hooks: Hooks
+    ) -> None:
         self.event = event
         self.sequence = sequence
         self.func = func
         self.keys: tuple[int, ...] = ()
         self.taken = 0
         self.on_view = False
-        self.place = place
+        self.call_site = call_site
         self.module = module
         self.hooks = hooks
 
@@ -41,12 +44,12 @@ class Overwrite:
     """A write to a storage. ``version`` is the target's before it and ``after`` the one it gives; ``layout`` is offset,
     shape and strides in elements of ``dtype``; ``changed`` whether the content differs (``None``: not compared)."""
 
-    __slots__ = ("after", "changed", "dtype", "event", "layout", "module", "op", "place", "version")
+    __slots__ = ("after", "call_site", "changed", "dtype", "event", "layout", "module", "op", "version")
 
-    def __init__(self, event: int, op: str, place: Place, module: str | None, target: torch.Tensor) -> None:
+    def __init__(self, event: int, op: str, call_site: CallSite, module: str | None, target: torch.Tensor) -> None:
         self.event = event
         self.op = op
-        self.place = place
+        self.call_site = call_site
         self.module = module
         self.version = None if target.is_inference() else target._version
         self.after = None if self.version is None else self.version + 1
@@ -57,9 +60,9 @@ class Overwrite:
     def told(self) -> Write:
         return Write(
             self.op,
-            self.place.site("write", module=self.module, op=self.op),
-            self.place.library_site("write", module=self.module, op=self.op),
-            self.place.writer,
+            self.call_site.site("write", module=self.module, op=self.op),
+            self.call_site.library_site("write", module=self.module, op=self.op),
+            self.call_site.writer,
             self.version,
             self.after,
             self.layout[1],
@@ -70,7 +73,7 @@ class Derived(NamedTuple):
     """What the tensors of a storage were computed from, by which call. ``cut``: the call left the graph behind."""
 
     op: str
-    place: Place
+    call_site: CallSite
     module: str | None
     sources: tuple[int, ...]
     cut: bool
@@ -95,8 +98,8 @@ class GraphLog:
         self.users: dict[int, array[int]] = {}
         self.written: dict[int, list[Overwrite]] = {}
         self.derived: dict[int, Derived] = {}
-        self.begun: dict[int, Place] = {}
-        self.under_inference: dict[Place, None] = {}
+        self.begun: dict[int, CallSite] = {}
+        self.under_inference: dict[CallSite, None] = {}
         self.pinned: dict[int, int] = {}
 
     def __del__(self) -> None:
@@ -140,22 +143,22 @@ class GraphLog:
                 continue
             seen.add(key)
             if derived.cut:
-                return derived.place.site("call", module=derived.module, op=derived.op)
+                return derived.call_site.site("call", module=derived.module, op=derived.op)
             made = derived if not derived.sources else made
             pending += [source for source in derived.sources if source != key]
-        return made.place.site("call", module=made.module, op=made.op) if made else None
+        return made.call_site.site("call", module=made.module, op=made.op) if made else None
 
     def views(self) -> tuple[Site, ...]:
         """The calls that returned several views at once, in order."""
         ops = dict.fromkeys(op for op in self.ops.values() if op_name(op.func) in _SEVERAL_VIEWS)
-        return _each_once(op.place.site("call", module=op.module, op=op_name(op.func)) for op in ops)
+        return _each_once(op.call_site.site("call", module=op.module, op=op_name(op.func)) for op in ops)
 
     def written_views(self) -> tuple[tuple[Site, tuple[Site, ...]], ...]:
         """Those of them whose base was written to later, in any view of it, with the writes."""
         found: dict[GraphOp, tuple[Site, tuple[Site, ...]]] = {}
         for op in self.ops.values():
             if op not in found and op_name(op.func) in _SEVERAL_VIEWS:
-                view = op.place.site("call", module=op.module, op=op_name(op.func))
+                view = op.call_site.site("call", module=op.module, op=op_name(op.func))
                 writes = _each_once(write.told().site for key in op.keys[:1] for write in self.writes(key, op.event))
                 if view is not None and writes:
                     found[op] = view, writes
@@ -163,12 +166,12 @@ class GraphLog:
 
     def backwards(self) -> tuple[Site, ...]:
         """The backward passes that this thread began, in order."""
-        sites = (place.site("call") for place in self.begun.values())
+        sites = (call_site.site("call") for call_site in self.begun.values())
         return tuple(site for site in sites if site is not None)
 
     def inference(self) -> tuple[Site, ...]:
         """The calls that made tensors under ``inference_mode``, the latest last."""
-        return _each_once(place.site("call") for place in self.under_inference)
+        return _each_once(call_site.site("call") for call_site in self.under_inference)
 
     def told(
         self,
@@ -189,13 +192,13 @@ class GraphLog:
         stale = StaleTensor(node.name(), slot, dtype, shape, None, None, None, (), saved, found, name, buffer, silent)
         if op is None:
             return stale
-        place = op.place.applied(getattr(type(node), "_forward_cls", None))
+        call_site = op.call_site.applied(getattr(type(node), "_forward_cls", None))
         facts = {"module": op.module, "node": node.name(), "slot": slot}
         return replace(
             stale,
             op=op_name(op.func),
-            save=place.site("save", **facts),
-            library=place.library_site("save", **facts),
+            save=call_site.site("save", **facts),
+            library=call_site.library_site("save", **facts),
             writes=tuple(write.told() for write in writes),
         )
 
@@ -214,28 +217,16 @@ def is_copy_slices(node: Any) -> bool:
     return name.endswith("CopySlices")
 
 
-def storage_key(tensor: torch.Tensor) -> int | None:
-    """What stands for the tensor's storage, where it has one."""
-    try:
-        key: int = tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return None
-    return key
-
-
 def layout_of(tensor: torch.Tensor) -> Layout:
     return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
+def unchecked_save(hook: Any, node: str, call_site: CallSite, module: str | None) -> UncheckedSave:
+    """A save under a hook that hands back the tensor itself, with the line of the hook where that is Python's."""
+    code = getattr(hook, "__code__", None)
+    hooks = CallSite((code, 0), None).site("call") if code is not None else None
+    return UncheckedSave(node, call_site.site("save", module=module, node=node), hooks)
+
+
 def _each_once(sites: Iterable[Site | None]) -> tuple[Site, ...]:
     return tuple(dict.fromkeys(site for site in sites if site is not None))
-
-
-def tensors_among(values: Sequence[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                if isinstance(item, torch.Tensor):
-                    yield item

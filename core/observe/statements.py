@@ -1,0 +1,324 @@
+"""Which statements of a program compute with tensors: told by their source, and by what the variables hold."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dis
+import io
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from threading import Thread
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ampcheck.observe.state import copied_iterator
+from ampcheck.observe.tensors import tensors_in
+from ampcheck.source.lines import is_library, is_ours
+
+LOOPS = (ast.For, ast.AsyncFor, ast.While)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+# Parts of the names of what tells or keeps, and does not compute.
+_TELLING = ("log", "save", "print", "plot", "write", "visual", "display", "record", "report", "checkpoint", "dump")
+# Parts of the names of methods that make a module what it is.
+_BUILDING = ("add_module", "register_", "load_", "compile")
+
+
+class Statements:
+    """Chooses the statements that compute with tensors, by what the variables hold."""
+
+    def __init__(self, names: Mapping[str, Any], *, training: bool) -> None:
+        self.names = names
+        self._training = training
+        self._graphs = {name for name, value in names.items() if _carries_graph(value)}
+        self._traced = True
+
+    def begins(self, node: ast.AST) -> bool:
+        """Whether a step begins anew in a node: a loop, a function, or a block of something that is not PyTorch's."""
+        if isinstance(node, ast.With):
+            return not any(map(self._computes_under, node.items))
+        return isinstance(node, (ast.Module, *FUNCTIONS, *LOOPS))
+
+    def up_to(self, path: Sequence[ast.AST], start: int) -> list[ast.stmt] | None:
+        """The statements in ``path[start]`` up to the last of the path, which is taken whatever it is. Branches on the
+        way are taken, and ``with`` blocks entered."""
+        statements: list[ast.stmt] | None = None
+        for outer, inner in zip(reversed(path[start:-1]), reversed(path[start + 1 :]), strict=True):
+            block = next((one for one in _blocks(outer) if any(node is inner for node in one)), None)
+            if block is None:
+                return None
+            at = next(i for i, node in enumerate(block) if node is inner)
+            if statements is None:
+                last = _last(inner)
+                if last is None and not isinstance(inner, ast.Raise):
+                    return None
+                statements = [last] if last is not None else []
+                self._needs(inner)
+            elif isinstance(inner, ast.With):
+                items = [item for item in inner.items if self._computes_under(item)]
+                statements = [ast.copy_location(ast.With(items, statements), inner)] if items else statements
+            before = [taken for node in reversed(block[:at]) if (taken := self.of(node)) is not None]
+            statements = [*reversed(before), *statements]
+        return statements
+
+    def cannot_be_put_back(self, statements: list[ast.stmt]) -> bool:
+        """Whether statements use what would be another afterwards, or may wait for ever: an iterator that computes, an
+        open file, a queue, a socket; be it in functions of the user's own that they call."""
+        used = {node.id for one in statements for node in ast.walk(one) if isinstance(node, ast.Name)}
+        reached = list(_reachable(self.names[name] for name in used if name in self.names))
+        if self._training:
+            # Nothing has failed: what its own functions tell or write is not to be told or written twice.
+            names = {name for one in reached if isinstance(one, FunctionType) for name in one.__code__.co_names}
+            if any(part in name for name in names for part in (*_TELLING, "open")):
+                return True
+        return any(map(_is_spent_by_use, reached))
+
+    def _needs(self, node: ast.AST) -> None:
+        """A statement that is taken takes with it, where no graph shows what led to it, what made its tensors."""
+        if self._traced and self._has_graph(node):
+            return
+        for one in ast.walk(node):
+            if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load):
+                value = self.names.get(one.id)
+                if type(value) is torch.Tensor and value.is_floating_point():
+                    self._traced = False
+                    self._graphs.add(one.id)
+
+    def of(self, node: ast.stmt) -> ast.stmt | None:
+        """What is to be run of a statement; ``None``: nothing."""
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)) and self._trains(node):
+            return None
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(self._computes(target) for target in targets) or self._calls_module(node.value):
+                if not self._traced:
+                    self._needs(node)
+                return node
+            return None
+        if isinstance(node, ast.Expr):
+            return node if self._acts(node.value) else None
+        if isinstance(node, (ast.If, *LOOPS, ast.With, ast.Try)):
+            return self._compound(node)
+        return None
+
+    def _computes_under(self, item: ast.withitem) -> bool:
+        """Whether a context is one of PyTorch's, or may enter one: it says so in its name or in its code."""
+        if pytorchs_context(item.context_expr, self.names) is not None or isinstance(item.context_expr, ast.IfExp):
+            return True
+        called = item.context_expr.func if isinstance(item.context_expr, ast.Call) else item.context_expr
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        code = getattr(getattr(self._value(called), "__wrapped__", None), "__code__", None)
+        if isinstance(called, ast.Attribute) and isinstance(self._root(called.value), nn.Module):
+            return True
+        return any(part in name for part in ("autocast", "amp", "precision", "no_grad", "accumulate")) or (
+            code is not None and not is_ours(code.co_filename) and "autocast" in code.co_names
+        )
+
+    def _trains(self, node: ast.stmt) -> bool:
+        """Whether a statement calls a whole training: a function with a loop that runs backward."""
+        called = [self._value(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)]
+        codes = [one.__code__ for one in _reachable(called) if isinstance(one, FunctionType)]
+        return any("backward" in code.co_names for code in codes) and any(map(_loops, codes))
+
+    def _compound(self, node: Any) -> ast.stmt | None:
+        fields = {}
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            if block is not None:
+                fields[name] = [taken for one in block if (taken := self.of(one)) is not None]
+        if not any(fields.values()):
+            return None
+        fields["body"] = fields["body"] or [ast.copy_location(ast.Pass(), node)]
+        values = {name: getattr(node, name, None) for name in node._fields}
+        made: ast.stmt = type(node)(**{**values, **fields})
+        return ast.copy_location(made, node)
+
+    def _computes(self, target: ast.expr) -> bool:
+        """Whether what is assigned is, or becomes part of, something with a graph."""
+        if isinstance(target, (ast.Tuple, ast.List)):
+            return any(map(self._computes, target.elts))
+        if isinstance(target, ast.Starred):
+            return self._computes(target.value)
+        if isinstance(target, ast.Name):
+            return target.id in self._graphs
+        value = self._value(target)
+        if value is not None:
+            return _carries_graph(value) or (isinstance(target, ast.Subscript) and isinstance(value, torch.Tensor))
+        return isinstance(target, ast.Subscript) and isinstance(self._value(target.value), torch.Tensor)
+
+    def _calls_module(self, expression: ast.expr | None) -> bool:
+        calls = (node for node in ast.walk(expression) if isinstance(node, ast.Call)) if expression is not None else ()
+        return any(isinstance(self._value(call.func), nn.Module) for call in calls)
+
+    def _acts(self, expression: ast.expr) -> bool:
+        """Whether a call for its effect acts on tensors: a method of something of PyTorch's, or a function given what
+        has a graph."""
+        if not isinstance(expression, ast.Call):
+            return False
+        function = expression.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        receiver = self._root(function.value) if isinstance(function, ast.Attribute) else None
+        if isinstance(receiver, torch.Tensor):
+            return True
+        if any(part in name for part in _TELLING):
+            return False
+        if isinstance(function, ast.Attribute):
+            if isinstance(receiver, (nn.Module, torch.optim.Optimizer, torch.amp.GradScaler, Thread)):
+                return not any(part in name for part in _BUILDING)
+            if isinstance(receiver, list) and name in ("append", "extend", "insert"):
+                return any(self._has_graph(one) or self._calls_module(one) for one in expression.args)
+            if _carries_graph(receiver) or _carries_graph(getattr(receiver, "__dict__", None)):
+                return True
+        called = self._value(function)
+        code = getattr(called, "__code__", None)
+        if code is None or is_library(code.co_filename):
+            of_torch = str(getattr(called, "__module__", "")).partition(".")[0] == "torch"
+            return of_torch and any(map(self._has_tensor, expression.args))
+        tells = any(part in used for used in code.co_names for part in (*_TELLING, "open"))
+        return not tells and any(map(self._has_tensor, expression.args))
+
+    def _root(self, expression: ast.expr) -> Any:
+        """The value that a chain of attributes, calls and subscripts begins with, as far as it can be looked up."""
+        while True:
+            value = self._value(expression)
+            if value is not None:
+                return value
+            if isinstance(expression, ast.Call):
+                expression = expression.func
+            elif isinstance(expression, (ast.Attribute, ast.Subscript)):
+                expression = expression.value
+            else:
+                return None
+
+    def _value(self, expression: ast.expr) -> Any:
+        """What names and attributes of them hold; ``None`` for all that would have to be computed."""
+        if isinstance(expression, ast.Name):
+            return self.names.get(expression.id)
+        if isinstance(expression, ast.Attribute):
+            owner = self._value(expression.value)
+            with contextlib.suppress(Exception):
+                return None if owner is None else getattr(owner, expression.attr, None)
+        if isinstance(expression, ast.Subscript) and isinstance(expression.slice, ast.Constant):
+            owner = self._value(expression.value)
+            key: Any = expression.slice.value
+            with contextlib.suppress(Exception):
+                return owner[key] if isinstance(owner, (list, tuple, dict)) else None
+        return None
+
+    def _has_graph(self, expression: ast.AST) -> bool:
+        return any(isinstance(node, ast.Name) and node.id in self._graphs for node in ast.walk(expression))
+
+    def _has_tensor(self, expression: ast.expr) -> bool:
+        values = [self._value(node) for node in ast.walk(expression) if isinstance(node, (ast.Name, ast.Attribute))]
+        computing = (nn.Module, torch.optim.Optimizer)
+        return any(isinstance(value, computing) or next(tensors_in(value), None) is not None for value in values)
+
+
+def _reachable(values: Iterable[Any]) -> Iterator[Any]:
+    """Values, and what functions and methods of the user's own among them name, a few calls deep."""
+    pending, seen = [(value, 0) for value in values], set[int]()
+    while pending and len(seen) < 10_000:
+        value, depth = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        function = getattr(value, "__func__", value)
+        if not isinstance(function, FunctionType) or depth > 4 or is_library(function.__code__.co_filename):
+            continue
+        cells = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
+        named = (function.__globals__.get(name) for name in function.__code__.co_names)
+        pending += [(one, depth + 1) for one in (*cells, *named) if one is not None]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _is_spent_by_use(value: Any) -> bool:
+    if isinstance(value, (io.IOBase, socket.socket)) or type(value).__module__ in ("queue", "multiprocessing.queues"):
+        return value not in (sys.stdout, sys.stderr)
+    return isinstance(value, Iterator) and copied_iterator(value) is None
+
+
+def _loops(code: CodeType) -> bool:
+    return any(
+        instruction.opname in ("FOR_ITER", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
+        for instruction in dis.get_instructions(code)
+    )
+
+
+def _carries_graph(value: Any) -> bool:
+    with contextlib.suppress(Exception):
+        if isinstance(value, (dict, list, tuple)) and len(value) > 10_000:
+            return False
+        if any(tensor.grad_fn is not None or tensor.requires_grad for tensor in tensors_in(value)):
+            return not isinstance(value, nn.Parameter)
+        # An output as a data class, or named tuple of a library.
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict) and not isinstance(value, (nn.Module, type)) and len(attributes) < 100:
+            return any(tensor.grad_fn is not None for tensor in tensors_in(list(attributes.values())))
+    return False
+
+
+def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    for _, value in ast.iter_fields(node):
+        if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+            yield value
+        for item in value if isinstance(value, list) else ():
+            if isinstance(item, (ast.ExceptHandler, ast.match_case)):
+                yield item.body
+
+
+def _last(node: ast.AST) -> ast.stmt | None:
+    """The statement that is being run, as one that can be run outside its function."""
+    if isinstance(node, (ast.Return, ast.Expr)) and node.value is not None:
+        value = node.value
+        if any(isinstance(one, (ast.Await, ast.Yield, ast.YieldFrom)) for one in ast.walk(value)):
+            return None
+        return ast.copy_location(ast.Expr(value), node)
+    if isinstance(node, (ast.If, ast.While)):
+        return ast.copy_location(ast.Expr(node.test), node)
+    if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Assert, ast.With, ast.Delete)):
+        return node
+    return None
+
+
+def pytorchs_context(expression: ast.expr, names: Mapping[str, Any]) -> Any:
+    """What an expression makes that calls a context of PyTorch's, or names one; ``None`` for all else, which may be
+    more than a context."""
+    called = expression.func if isinstance(expression, ast.Call) else expression
+    if not _is_path(called):
+        return None
+    with contextlib.suppress(Exception):
+        value = eval(_compiled(called), dict(names))
+        if _is_pytorchs(value) and not isinstance(value, nn.Module):
+            made = eval(_compiled(expression), dict(names))
+            return made if isinstance(made, AbstractContextManager) or hasattr(made, "__enter__") else None
+    return None
+
+
+def _is_pytorchs(value: Any) -> bool:
+    """Whether a class or function, or else the class of an object, is defined in PyTorch."""
+    named = isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType))
+    module = getattr(value if named else type(value), "__module__", None)
+    return str(module).partition(".")[0] == "torch"
+
+
+def _is_path(node: ast.AST) -> bool:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name)
+
+
+def _compiled(expression: ast.expr) -> CodeType:
+    code: CodeType = compile(ast.fix_missing_locations(ast.Expression(expression)), "<ampcheck>", "eval")
+    return code

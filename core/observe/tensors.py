@@ -1,0 +1,47 @@
+"""Tensors in what is called and returned: which there are, where they lie, whether they hold the same values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts, in order. A container is entered once: it may hold itself."""
+    pending, entered = [value], dict[int, Any]()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in entered:
+            entered[id(value)] = value
+            pending += reversed(value.values() if isinstance(value, dict) else value)
+
+
+def operands_in(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments or results of an op, which nests lists one deep."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                if isinstance(item, torch.Tensor):
+                    yield item
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are equal in every element; NaN equals NaN."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """What stands for the tensor's storage, where it has one."""
+    try:
+        key: int = tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
+    return key
