@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import functools
 import itertools
 import os
 import sys
@@ -14,10 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from traceback import walk_stack
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from rich.console import Console
 from rich.text import Text
 from torch import nn
 
@@ -25,7 +24,6 @@ from ampcheck.failure import OF_THE_GRAPH, examine
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
-from ampcheck.observe.replay import replay
 from ampcheck.observe.rerun import of_frame, of_traceback
 from ampcheck.observe.step import WatchedStep
 from ampcheck.observe.walk import (
@@ -40,23 +38,22 @@ from ampcheck.observe.walk import (
 )
 from ampcheck.precision import Precision
 from ampcheck.report import Report
-from ampcheck.report.ranks import gather, merged_findings, rank
-from ampcheck.report.text import NAME, fit_line, not_judged_line, render_finding, step_line
+from ampcheck.report.ranks import rank
+from ampcheck.report.teller import Emit, Line, Teller
+from ampcheck.report.text import NAME, fit_line, step_line
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
-from ampcheck.rules.rule import Finding, Severity, told
-from ampcheck.source.printable import shown
-from ampcheck.trace import Failure, GraphTrace, Host, Phase, StepTrace, Trace
+from ampcheck.rules.rule import Finding, Severity
+from ampcheck.run import Run
+from ampcheck.trace import Failure, GraphTrace, Host, Phase, Seen, Trace
 
-REPORT_NAME = "ampcheck.json"
-_NOTE_HEAD = f"{NAME}: what is known of this failure"
 _DIAGNOSED = "_ampcheck_diagnosed"
 _NOTHING = contextlib.nullcontext()
 # Ever more of the program around a failing line is run again, and each run is one like the step's.
 _MOST_RERUNS = 3
 
-Emit = Callable[[str], None]
-FindBatch = Callable[[Iterable[FrameType]], Callable[[], object] | None]
+Rerun = Callable[[], object]
+FindBatch = Callable[[Iterable[FrameType]], Rerun | None]
 
 
 class FindingsError(Exception):
@@ -67,28 +64,6 @@ class FindingsError(Exception):
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         super().__init__(f"{first.severity}[{first.code}] {first.name}: {first.message}{more}")
         self.report = report
-
-
-class Seen(NamedTuple):
-    """What a step showed: its calls, and its autograd graph, where that was looked at."""
-
-    phase: Phase
-    step: StepTrace | None
-    graph: GraphTrace | None
-
-    def explains(self, kind: str | None) -> bool:
-        """Whether the cause of such a failure is among what was seen."""
-        graph = self.graph or GraphTrace()
-        if kind == "saved-tensor-modified":
-            return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
-        return bool(graph.cut) if kind == "no-graph" else True
-
-    def added_to(self, trace: Trace) -> Trace:
-        if self.graph is not None:
-            trace = replace(trace, graph=self.graph)
-        if self.step is None:
-            return trace
-        return replace(trace, training=self.step) if self.phase == "training" else replace(trace, evaluation=self.step)
 
 
 def _codes(option: str, codes: Any) -> str | tuple[str, ...]:
@@ -133,25 +108,10 @@ class AmpChecker:
         self._fail_on = threshold(fail_on)
         self._watch_steps = watch_steps
         self._destination = report
-        self._reset()
+        self._run = self._new_run()
 
-    def _reset(self) -> None:
-        self._model: nn.Module | None = None
-        self._entry: nn.Module | None = None
-        self._emit: Emit | None = None
-        self._directory: Path | None = None
-        self._trace = Trace()
-        self._report: Report | None = None
-        self._told: list[Finding] = []
-        self._heard: dict[int, tuple[Finding, ...]] = {}
-        self._training_left = 0
-        self._evaluation_left = False
-        self._open: list[WatchedStep] = []
-        self._died: Seen | None = None
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._scaler: torch.amp.GradScaler | None = None
-        self._off = False
-        self._unwritable = False
+    def _new_run(self) -> Run:
+        return Run(Teller(self._destination))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -161,17 +121,17 @@ class AmpChecker:
     @property
     def report(self) -> Report | None:
         """What is known so far; ``None`` before ``attach``."""
-        return self._report
+        return self._run.report
 
     @property
     def watching(self) -> bool:
         """Whether a training step is left to watch."""
-        return self._training_left > 0
+        return self._run.training_left > 0
 
     @property
     def watching_evaluation(self) -> bool:
         """Whether the first evaluation step is still to be watched."""
-        return self._evaluation_left
+        return self._run.evaluation_left
 
     def attach(
         self,
@@ -192,46 +152,47 @@ class AmpChecker:
         AmpCheck failed and switched itself off. Raises ``FindingsError``.
         """
         try:
-            again = self._model is not None
-            if not again:
-                self._reset()
-            if self._off:
+            again = self._run.model is not None
+            run = self._run if again else self._new_run()
+            self._run = run
+            if run.off:
                 return None
-            self._emit, self._directory = emit, Path(directory) if directory is not None else None
-            self._entry, self._model = model, unwrapped(model)
-            self._optimizers, self._scaler = list(optimizers), scaler
+            run.teller.emit, run.teller.directory = emit, Path(directory) if directory is not None else None
+            run.entry, run.model = model, unwrapped(model)
+            run.optimizers, run.scaler = list(optimizers), scaler
             with alone():
-                info = replace(walk(self._model), compiled=is_compiled(model))
+                info = replace(walk(run.model), compiled=is_compiled(model))
                 scaling = scaler is not None and scaler.is_enabled()
-                self._trace = replace(
-                    self._trace,
+                run.trace = replace(
+                    run.trace,
                     precision=precision_by_policy(info, precision or Precision(), scaling),
                     environment=environment(),
                     host=host,
                     model=info,
-                    optimizers=tuple(examine_optimizer(optimizer, self._model) for optimizer in self._optimizers),
+                    optimizers=tuple(examine_optimizer(optimizer, run.model) for optimizer in run.optimizers),
                     scaler=examine_scaler(scaler) if scaler is not None else None,
                     averaged=walk(averaged) if averaged is not None else None,
                 )
             if not again:
-                self._expect(info.device_type)
-            self._judge("fit start", lambda findings: fit_line(self._trace, findings), quiet=again)
+                run.expect(self._watch_steps, info.device_type)
+            self._judge("fit start", lambda findings: fit_line(run.trace, findings), quiet=again)
             self._enforce()
         except FindingsError:
             raise
         except Exception as error:  # noqa: BLE001 - promise: it never makes training fail
             self.switch_off(error)
-        return None if self._off else self._report
+        return None if self._run.off else self._run.report
 
     def scaled_by(self, scaler: torch.amp.GradScaler, precision: Precision) -> None:
         """The gradient scaler of the run showed itself in a step that is being watched, and with it what is asked
         for. What is judged from now on takes them into account."""
-        if self._off or self._trace.model is None:
+        run = self._run
+        if run.off or run.trace.model is None:
             return
         try:
-            self._scaler = scaler
-            precision = precision_by_policy(self._trace.model, precision, scaler.is_enabled())
-            self._trace = replace(self._trace, scaler=examine_scaler(scaler), precision=precision)
+            run.scaler = scaler
+            precision = precision_by_policy(run.trace.model, precision, scaler.is_enabled())
+            run.trace = replace(run.trace, scaler=examine_scaler(scaler), precision=precision)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
@@ -246,14 +207,14 @@ class AmpChecker:
         where backward may have used a tensor that was overwritten unseen, with the frames that run it, innermost first:
         it returns the ``batch`` of ``diagnose`` for this step, or ``None``.
         """
-        return self._step("training", None, autocast, batch) if self._training_left > 0 else _NOTHING
+        return self._step("training", None, autocast, batch) if self._run.training_left > 0 else _NOTHING
 
     def evaluation_step(
         self, model: nn.Module | None = None, autocast: AutocastProbe | None = None
     ) -> AbstractContextManager[object]:
         """The same for the first evaluation step. ``model`` is what is evaluated where it is another object than the
         model that trains: an averaged or half-precision copy."""
-        return self._step("evaluation", model, autocast) if self._evaluation_left else _NOTHING
+        return self._step("evaluation", model, autocast) if self._run.evaluation_left else _NOTHING
 
     def diagnose(
         self,
@@ -261,7 +222,7 @@ class AmpChecker:
         *,
         phase: str = "training_step",
         step: int | None = None,
-        batch: Callable[[], object] | None = None,
+        batch: Rerun | None = None,
     ) -> None:
         """Attach what is known of ``error`` to it as a note. The caller raises it on, by a bare ``raise``.
 
@@ -271,8 +232,9 @@ class AmpChecker:
         again in its place. An exception is diagnosed once, and one that has nothing to do with precision or autograd
         gets no note.
         """
+        run = self._run
         try:
-            if self._off or not isinstance(error, Exception) or isinstance(error, FindingsError):
+            if run.off or not isinstance(error, Exception) or isinstance(error, FindingsError):
                 return
             if getattr(error, _DIAGNOSED, False):
                 return
@@ -281,117 +243,87 @@ class AmpChecker:
             if sys.version_info < (3, 11):
                 hide_frames(error)
             with torch._C.DisableTorchFunction():
-                failure = examine(error, model=self._model, phase=phase, step=step)
+                failure = examine(error, model=run.model, phase=phase, step=step)
             if "internal_error" in failure.fields:
                 self.switch_off(RuntimeError(f"{failure.fields['internal_error']}, while a failure was examined"))
                 return
-            trace = replace(self._trace, failure=failure)
             # A step that died is no watched step, but what it showed explains the failure.
-            watched = [self._died, *(Seen(step.phase, step.trace(), step.graph()) for step in self._open)]
-            seen = [one for one in watched if one is not None]
-            unexplained = failure.kind in OF_THE_GRAPH or (failure.kind is not None and not seen)
+            seen = [one for one in (run.died, *(step.seen() for step in run.open)) if one is not None]
+            run.died = None
             fault: Exception | None = None
+            unexplained = failure.kind in OF_THE_GRAPH or (failure.kind is not None and not seen)
             if unexplained and failure.phase in ("forward", "backward"):
                 try:
-                    seen += self._replay(error, failure.kind, [batch] if batch is not None else self._reruns(error))
+                    again = self._failing_again(error, failure, batch)
+                    seen += [again] if again is not None else []
                 except Exception as own:  # noqa: BLE001 - what is known without a replay is told first
                     fault = bare(own)
+            trace = replace(run.trace, failure=failure)
             for one in seen:
-                trace = one.added_to(trace)
-            self._died = None
-            self._tell_failure(error, failure, trace)
+                trace = trace.showing(one)
+            self._tell_failure(error, trace)
             if fault is not None:
                 self.switch_off(fault)
         except Exception as fault:  # noqa: BLE001 - the user's exception stays in front, whatever happens to ours
             self.switch_off(fault)
 
-    def _reruns(self, error: Exception) -> Iterable[Callable[[], object]]:
-        """A host runs its own loop; the source of a plain one says what it does."""
-        if self._trace.host is not None:
-            return ()
-        return itertools.islice(of_traceback(error.__traceback__), _MOST_RERUNS)
-
-    def _replay(self, error: Exception | None, kind: str | None, steps: Iterable[Callable[[], object]]) -> list[Seen]:
-        """What the first of ``steps`` shows that fails like ``error``, of this kind, and explains it; else what the
-        last did that fails so, else the first."""
-        model, info = self._model, self._trace.model
-        found: list[Seen] = []
-        if model is None or info is None:
-            return found
-        for step in steps:
-            runs: list[WatchedStep] = []
-
-            def probes(runs: list[WatchedStep] = runs) -> WatchedStep:
-                runs.append(WatchedStep("training", model, info.device_type, lambda *_: None, replayed=True))
-                return runs[-1]
-
-            outcome = replay(
-                step,
-                lambda raised, runs=runs: (runs[-1].trace(), runs[-1].graph(raised)),  # type: ignore[misc]
-                model=model,
-                error=error,
-                probes=probes,
-                optimizers=self._optimizers,
-                scaler=self._scaler,
-            )
-            shown, graph = outcome.seen or (None, None)
-            seen = Seen("training", shown, replace(graph or GraphTrace(), replay=outcome.said))
-            if outcome.failed_again or not found:
-                found = [seen]
-            if outcome.failed_again and seen.explains(kind):
-                break
-        return found
+    def _failing_again(self, error: Exception, failure: Failure, batch: Rerun | None) -> Seen | None:
+        """What a replay shows of the failing batch or, of a plain loop, of its own statements."""
+        again = self._run.again()
+        if again is None:
+            return None
+        if batch is not None:
+            steps: Iterable[Rerun] = (batch,)
+        elif self._run.trace.host is not None:
+            # A host runs its own loop; the source of a plain one says what it does.
+            steps = ()
+        else:
+            steps = itertools.islice(of_traceback(error.__traceback__), _MOST_RERUNS)
+        return again.failing(error, steps, lambda graph: _explains(graph, failure))
 
     def _suspected(self, step: WatchedStep, frame: FrameType) -> None:
         """Backward may have used a stale tensor that PyTorch did not notice: a replay shows whether it did."""
         try:
-            if self._off:
+            again = self._run.again()
+            if self._run.off or again is None:
                 return
             if step.batch is not None:
                 batch = step.batch(one for one, _ in walk_stack(frame))
-                steps: Iterable[Callable[[], object]] = () if batch is None else (batch,)
+                steps: Iterable[Rerun] = () if batch is None else (batch,)
+            elif self._run.trace.host is not None:
+                steps = ()
             else:
-                steps = () if self._trace.host is not None else itertools.islice(of_frame(frame), _MOST_RERUNS)
-            for again in steps:
-                seen = next(iter(self._replay(None, None, [again])), None)
-                if seen is not None and seen.graph is not None and (seen.graph.stale or seen.graph.unchecked):
-                    step.replayed = replace(seen.graph, replay=None)
-                    return
+                steps = itertools.islice(of_frame(frame), _MOST_RERUNS)
+            step.replayed = again.suspected(steps)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
-    def _tell_failure(self, error: Exception, failure: Failure, trace: Trace) -> None:
+    def _tell_failure(self, error: Exception, trace: Trace) -> None:
         findings, not_judged = judge(trace, self._rules)
-        new = [finding for finding in findings if finding not in self._told]
-        self._report = Report(trace, findings, not_judged)
+        self._run.report = report = Report(trace, findings, not_judged)
         crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
-        telling = [finding for finding in new if finding.severity is Severity.ERROR or finding.code in crashes]
-        if telling and failure.kind is not None:
-            self._told += telling
-            blocks = [render_finding(finding, trace).plain for finding in told(telling)]
-            self._add_note(error, "\n".join([_NOTE_HEAD, *blocks]))
-        self._write()
+        if trace.failure is not None and trace.failure.kind is not None:
+            telling = (one for one in findings if one.severity is Severity.ERROR or one.code in crashes)
+            self._run.teller.note(error, telling, trace)
+        self._run.teller.write(report)
 
     def detach(self) -> None:
         """Remove everything and let go of the model. What could not be judged is said once. May be called again."""
+        run = self._run
         try:
-            self._abandon()
-            report, attached = self._report, self._model is not None
-            if attached and report and report.not_judged and not report.trace.failure and not self._off and rank() == 0:
-                self._say(not_judged_line(report.not_judged))
+            run.abandon()
+            if run.model is not None and run.report is not None and run.report.trace.failure is None and not run.off:
+                run.teller.say_not_judged(run.report.not_judged)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
         finally:
-            self._model = self._entry = self._scaler = None
-            self._optimizers = []
-            self._training_left = 0
-            self._evaluation_left = False
+            run.let_go()
 
     def start_over(self) -> None:
         """What was attached is not the model that trains: forget it, and what was seen of it."""
         try:
-            self._abandon()
-            self._reset()
+            self._run.abandon()
+            self._run = self._new_run()
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
@@ -400,53 +332,35 @@ class AmpChecker:
     ) -> None:
         """The run is over and no model was ever attached: say that nothing could be judged, and why."""
         try:
-            self._reset()
-            self._emit, self._directory = emit, Path(directory) if directory is not None else None
+            self._run = run = self._new_run()
+            run.teller.emit, run.teller.directory = emit, Path(directory) if directory is not None else None
             unobserved = dict.fromkeys(("model", "training", "evaluation"), reason)
-            self._trace = Trace(environment=environment(), unobserved=unobserved)
-            self._report = Report(self._trace, *judge(self._trace, self._rules))
+            run.trace = Trace(environment=environment(), unobserved=unobserved)
+            run.report = Report(run.trace, *judge(run.trace, self._rules))
             if rank() == 0:
-                self._say(Text(f"{NAME}  nothing was judged: {reason}"))
-            self._write()
+                run.teller.say(Text(f"{NAME}  nothing was judged: {reason}"))
+            run.teller.write(run.report)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
     def switch_off(self, error: Exception, *, emit: Emit | None = None) -> None:
         """A fault of AmpCheck's own: one warning, and nothing more of it in this run. ``emit`` takes the warning where
         ``attach`` has not said yet who does."""
-        if self._off:
+        run = self._run
+        if run.off:
             return
-        self._off = True
-        self._emit = self._emit or emit
-        self._training_left = 0
-        self._evaluation_left = False
+        run.off = True
+        run.teller.emit = run.teller.emit or emit
         said = f"{type(error).__name__}: {error}"
         try:
-            self._abandon()
-            self._trace = replace(self._trace, internal_error=said)
-            findings, not_judged = judge(self._trace, [internal_error])
-            self._report = Report(self._trace, findings, not_judged)
-            for finding in findings:
-                self._say(render_finding(finding, self._trace))
+            run.abandon()
+            run.trace = replace(run.trace, internal_error=said)
+            run.report = Report(run.trace, *judge(run.trace, [internal_error]))
+            run.teller.say_findings(run.report.findings, run.trace)
         except Exception:  # noqa: BLE001
             with contextlib.suppress(Warning):
                 text = f"AmpCheck switched itself off: {said}"
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
-
-    def _expect(self, device_type: str) -> None:
-        """What is to be watched in this run, and what to say of it until it was."""
-        unobserved = {
-            "training": "no training step was watched",
-            "evaluation": "no evaluation step was watched",
-            "uncompiled": "what runs inside compiled code is not watched",
-        }
-        watchable = torch.amp.is_autocast_available(device_type)
-        if not watchable:
-            reason = f"the model is on the device {device_type!r}, for which PyTorch has no autocast"
-            unobserved |= {"training": reason, "evaluation": reason}
-        self._trace = replace(self._trace, unobserved=unobserved)
-        self._training_left = self._watch_steps if watchable else 0
-        self._evaluation_left = watchable and self._watch_steps > 0
 
     def _step(
         self,
@@ -455,13 +369,13 @@ class AmpChecker:
         autocast: AutocastProbe | None,
         batch: FindBatch | None = None,
     ) -> AbstractContextManager[object]:
+        run = self._run
         try:
-            watched, info = self._model, self._trace.model
+            watched, info = run.model, run.trace.model
             if watched is None or info is None:
                 return _NOTHING
             other = None
-            entries = (model, self._entry, watched)
-            entry = next(one for one in entries if one is not None)
+            entry = next(one for one in (model, run.entry, watched) if one is not None)
             compiled = anything_compiled() and is_compiled(entry)
             if model is not None and unwrapped(model) is not watched:
                 watched = unwrapped(model)
@@ -470,7 +384,7 @@ class AmpChecker:
                 phase, watched, info.device_type, self._ended, info=other, autocast=autocast,
                 suspected=self._suspected, batch=batch, entry=entry, compiled=compiled,
             )  # fmt: skip
-            self._open.append(step)
+            run.open.append(step)
             return step
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
@@ -478,15 +392,18 @@ class AmpChecker:
 
     def _ended(self, step: WatchedStep, error: BaseException | None) -> None:
         """Take in what a step showed, and report when the last one to watch is done."""
-        if step not in self._open:
+        run = self._run
+        if step not in run.open:
             return
-        self._open.remove(step)
+        run.open.remove(step)
         try:
-            seen = Seen(step.phase, step.trace(), step.graph())
+            seen = step.seen()
             if error is not None:
-                self._died = seen
+                run.died = seen
             elif seen.step is not None and seen.step.calls:
-                self._take(seen.phase, seen.step, seen.graph)
+                together = run.take(seen.phase, seen.step, seen.graph)
+                if seen.phase == "evaluation" or run.training_left == 0:
+                    self._judge(seen.phase, functools.partial(step_line, seen.phase, together))
             if error is None:
                 self._enforce()
         except FindingsError:
@@ -494,77 +411,21 @@ class AmpChecker:
         except Exception as fault:  # noqa: BLE001
             self.switch_off(fault)
 
-    def _take(self, phase: Phase, seen: StepTrace, graph: GraphTrace | None) -> None:
-        earlier = self._trace.training if phase == "training" else self._trace.evaluation
-        seen = seen if earlier is None else earlier.followed_by(seen)
-        self._trace = Seen(phase, seen, graph).added_to(self._trace)
-        if phase == "evaluation":
-            self._evaluation_left = False
-        else:
-            self._training_left -= 1
-        if phase == "evaluation" or self._training_left == 0:
-            self._judge(phase, lambda findings: step_line(phase, seen, findings))
-
-    def _judge(self, stage: str, line: Callable[[tuple[Finding, ...]], Text], *, quiet: bool = False) -> None:
-        findings, not_judged = judge(self._trace, self._rules)
-        heard = gather(stage, findings) or {rank(): findings}
-        self._heard |= heard
-        pairs = merged_findings(self._heard, heard)
-        self._report = Report(self._trace, tuple(telling for _, telling in pairs), not_judged)
-        # Which ranks are heard in time differs from stage to stage, and so does what is said of them.
-        unsaid = [pair for pair in pairs if pair[0] not in self._told]
-        self._told += [finding for finding, _ in unsaid]
-        new = tuple(telling for _, telling in unsaid)
-        if rank() != 0:
-            return
-        if new or not quiet:
-            self._say(line(new))
-        for finding in new:
-            self._say(render_finding(finding, self._trace))
-        self._write()
+    def _judge(self, stage: str, line: Line, *, quiet: bool = False) -> None:
+        run = self._run
+        report = Report(run.trace, *judge(run.trace, self._rules))
+        run.report = run.teller.tell(stage, report, line, quiet=quiet)
 
     def _enforce(self) -> None:
-        if self._report is not None and not self._off:
-            reached = reaching(self._report.findings, self._fail_on)
+        report = self._run.report
+        if report is not None and not self._run.off:
+            reached = reaching(report.findings, self._fail_on)
             if reached:
-                raise FindingsError(self._report, reached)
+                raise FindingsError(report, reached)
 
-    def _abandon(self) -> None:
-        while self._open:
-            self._open.pop().abandon()
 
-    def _say(self, text: Text) -> None:
-        if self._emit is not None:
-            self._emit(text.plain)
-            return
-        # Rich ends the program where its own file is a pipe that nobody reads.
-        rendered = io.StringIO()
-        colors = sys.stderr is not None and sys.stderr.isatty()
-        Console(file=rendered, soft_wrap=True, highlight=False, force_terminal=colors).print(text)
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.write(rendered.getvalue())
-            sys.stderr.flush()
-
-    def _write(self) -> None:
-        if self._report is None or rank() != 0 or self._destination is False or self._unwritable:
-            return
-        if self._destination is not True:
-            path = Path(self._destination)
-        elif self._directory is not None:
-            path = self._directory / REPORT_NAME
-        else:
-            return
-        try:
-            self._report.write(path)
-        except (OSError, ValueError) as error:
-            self._unwritable = True
-            why = getattr(error, "strerror", None) or error
-            self._say(Text(f"{NAME}  the report could not be written to {shown(str(path))}: {why}"))
-
-    def _add_note(self, error: BaseException, note: str) -> None:
-        if hasattr(error, "add_note"):
-            error.add_note(note)
-        else:
-            # Python 3.10 keeps no notes and shows none.
-            error.__notes__ = [*getattr(error, "__notes__", ()), note]
-            self._say(Text(note))
+def _explains(graph: GraphTrace, failure: Failure) -> bool:
+    """Whether the cause of the failure is among what was seen."""
+    if failure.kind == "saved-tensor-modified":
+        return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
+    return bool(graph.cut) if failure.kind == "no-graph" else True

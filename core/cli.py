@@ -114,7 +114,6 @@ def compare(
     """Does an exported model still compute what the eager one does, and where does it stop?"""
     from ampcheck.export import compare as compare_export
     from ampcheck.export import draw_errors
-    from ampcheck.report.text import render_report
     from ampcheck.rules.judging import reaching, threshold
 
     for path in filter(None, (json, figure)):
@@ -123,7 +122,7 @@ def compare(
         limit = threshold(fail_on)
         model, inputs, options = _made(factory)
         report = compare_export(model, exported, inputs, select=select, ignore=ignore, trusted=trusted, **options)
-        _console(soft_wrap=True, highlight=False).print(render_report(report))
+        _console(soft_wrap=True, highlight=False).print(report.rendered())
         if json is not None:
             report.write(json)
         if figure is not None and report.comparison is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch._guards import TracingContext
 
-from ampcheck.checker import AmpChecker, Emit, FindingsError
+from ampcheck.checker import AmpChecker, FindingsError
 from ampcheck.observe.probes.autocast import AutocastProbe, autocast_state
 from ampcheck.observe.probes.containment import bare, undo
 from ampcheck.observe.probes.listening import Listening
@@ -27,6 +27,7 @@ from ampcheck.observe.step import WatchedStep
 from ampcheck.observe.walk import anything_compiled, dtype_name, has_autocast_cache_fault, unwrapped
 from ampcheck.precision import Precision
 from ampcheck.report import Report
+from ampcheck.report.teller import Emit
 from ampcheck.trace import Host
 
 

@@ -20,7 +20,7 @@ from ampcheck.observe.probes.modules import ModuleProbe
 from ampcheck.observe.probes.saved_tensors import graph_trace
 from ampcheck.observe.probes.scaler import ScalerProbe
 from ampcheck.observe.walk import hooked_modules
-from ampcheck.trace import GraphTrace, ModelInfo, Phase, StepTrace, described
+from ampcheck.trace import GraphTrace, ModelInfo, Phase, Seen, StepTrace, described
 
 Ended = Callable[["WatchedStep", BaseException | None], None]
 Suspected = Callable[["WatchedStep", FrameType], None]
@@ -129,8 +129,12 @@ class WatchedStep:
         """What the latest failing backward pass of a replayed step raised, where that went elsewhere."""
         return self._graph.failure if self._graph is not None and self._dispatch is not None else None
 
-    def trace(self) -> StepTrace:
+    def seen(self) -> Seen:
         """What was seen so far. Raises the first error of a probe."""
+        return Seen(self.phase, self.trace(), self.graph())
+
+    def trace(self) -> StepTrace:
+        """The calls that were seen so far. Raises the first error of a probe."""
         for error in (self._fault, *(probe.error for probe in self._probes)):
             if error is not None:
                 raise error

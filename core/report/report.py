@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
+from ampcheck.report.text import render
 from ampcheck.rules.rule import Finding, Severity
 from ampcheck.source.lines import short_path
 from ampcheck.trace import Comparison, ModuleCall, Site, Trace
@@ -31,9 +34,11 @@ class Report:
     not_judged: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        from ampcheck.report.text import render_report
+        return self.rendered().plain
 
-        return render_report(self).plain
+    def rendered(self) -> Text:
+        """The text form with its colours."""
+        return render(self.trace, self.findings, self.not_judged)
 
     @property
     def comparison(self) -> Comparison | None:

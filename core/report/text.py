@@ -10,7 +10,6 @@ from rich.text import Text
 
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.report.comparison import comparison_lines
-from ampcheck.report.report import Report
 from ampcheck.rules.rule import Finding, Severity, told
 from ampcheck.source.lines import short_path
 from ampcheck.trace import ModelInfo, Site, StepTrace, Trace
@@ -22,23 +21,18 @@ _UNITS = ((10**9, "B"), (10**6, "M"), (10**3, "k"))
 _DONE = {"write": "written here", "save": "saved here", "raise": "raised here", "cast": "cast here", "call": "here"}
 
 
-def render_report(report: Report) -> Text:
+def render(trace: Trace, findings: Sequence[Finding], not_judged: Mapping[str, str]) -> Text:
     """The whole report: fit start, what was watched, the findings and what was not judged."""
-    trace = report.trace
     if trace.comparison is not None:
-        return Text("\n").join(
-            [
-                *comparison_lines(trace.comparison, NAME),
-                *(render_finding(finding, trace) for finding in report.findings),
-            ]
-        )
-    lines = [fit_line(trace, report.findings)]
+        blocks = list(comparison_lines(trace.comparison, NAME))
+        return Text("\n").join([*blocks, *(render_finding(finding, trace) for finding in findings)])
+    lines = [fit_line(trace, findings)]
     for phase, step in (("training", trace.training), ("evaluation", trace.evaluation)):
         if step is not None:
             lines.append(step_line(phase, step))
-    blocks = [Text("\n").join(lines), *(render_finding(finding, trace) for finding in told(report.findings))]
-    if report.not_judged:
-        blocks.append(not_judged_line(report.not_judged))
+    blocks = [*lines, *(render_finding(finding, trace) for finding in told(findings))]
+    if not_judged:
+        blocks.append(not_judged_line(not_judged))
     return Text("\n").join(blocks)
 
 

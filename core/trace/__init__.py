@@ -26,7 +26,7 @@ from ampcheck.trace.model import (
 )
 from ampcheck.trace.site import Role, Site
 from ampcheck.trace.step import AutocastRegion, AutocastState, ModuleCall, OpCall, Operand, Phase, ScalerCall, StepTrace
-from ampcheck.trace.trace import Trace
+from ampcheck.trace.trace import Seen, Trace
 
 __all__ = [
     "AutocastRegion",
@@ -54,6 +54,7 @@ __all__ = [
     "Role",
     "ScalerCall",
     "ScalerInfo",
+    "Seen",
     "Silent",
     "Site",
     "StaleTensor",

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 from ampcheck.precision import Precision
 from ampcheck.trace.comparison import Comparison
 from ampcheck.trace.failure import Failure
 from ampcheck.trace.graph import GraphTrace
 from ampcheck.trace.model import Environment, Host, ModelInfo, OptimizerInfo, ScalerInfo
-from ampcheck.trace.step import StepTrace
+from ampcheck.trace.step import Phase, StepTrace
+
+
+class Seen(NamedTuple):
+    """What one step showed: its calls, and its autograd graph, where that was looked at."""
+
+    phase: Phase
+    step: StepTrace | None
+    graph: GraphTrace | None
 
 
 @dataclass(frozen=True)
@@ -41,3 +49,10 @@ class Trace:
         """True where nothing is compiled, so that what runs inside the model was seen; else ``None``."""
         compiled = self.model is not None and self.model.compiled
         return None if compiled or (self.training is not None and not self.training.complete) else True
+
+    def showing(self, seen: Seen) -> Trace:
+        """The trace with what a step showed in place of what was known of its phase."""
+        trace = self if seen.graph is None else replace(self, graph=seen.graph)
+        if seen.step is None:
+            return trace
+        return replace(trace, training=seen.step) if seen.phase == "training" else replace(trace, evaluation=seen.step)

@@ -174,6 +174,12 @@ def test_fault_in_the_code_of_a_module_call(when, monkeypatch, alone):
     assert_goes_on("bf16", alone, [])
 
 
+@pytest.mark.parametrize("name", ["gather", "merged_findings"])
+def test_fault_in_what_tells(name, monkeypatch, alone):
+    monkeypatch.setattr(f"ampcheck.report.teller.{name}", raising)
+    assert_goes_on("bf16", alone, [])
+
+
 @pytest.mark.parametrize("name", ["data", "numpy"])
 def test_fault_where_an_alias_is_made(name, monkeypatch):
     monkeypatch.setattr(AliasProbe, "_note", raising)
@@ -226,7 +232,6 @@ def test_fault_in_a_rule(code, alone, monkeypatch):
         "examine_optimizer",
         "unwrapped",
         "judge",
-        "gather",
         "fit_line",
         "step_line",
         "WatchedStep",
@@ -792,7 +797,7 @@ def test_in_place_activations_of_module_outputs():
 
 
 def test_core_registers_no_backward_hook():
-    files = list(pathlib.Path(ampcheck.__file__).parent.rglob("*.py"))
+    files = list(pathlib.Path(ampcheck.__file__).resolve().parent.rglob("*.py"))
     assert len(files) > 20
     names = {
         node.attr if isinstance(node, ast.Attribute) else node.id

@@ -41,7 +41,7 @@ def test_what_a_slow_rank_says_later_is_not_told_again(monkeypatch: pytest.Monke
     def gather(stage: str, mine: tuple[Finding, ...]) -> dict[int, tuple[Finding, ...]]:
         return {0: mine} | {"fit start": {1: ()}, "training": {}, "evaluation": {1: mine if late else ()}}[stage]
 
-    monkeypatch.setattr("ampcheck.checker.gather", gather)
+    monkeypatch.setattr("ampcheck.report.teller.gather", gather)
     model, batch = nn.Linear(3, 2), torch.ones(1, 3)
     checker = AmpChecker(select="AMP301", report=False)
     checker.attach(model, emit=said.append)

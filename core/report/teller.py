@@ -1,0 +1,109 @@
+"""What is told of a run: to whom, and once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from ampcheck.report.ranks import gather, merged_findings, rank
+from ampcheck.report.report import Report
+from ampcheck.report.text import NAME, not_judged_line, render_finding
+from ampcheck.rules.rule import Finding, told
+from ampcheck.source.printable import shown
+from ampcheck.trace import Trace
+
+REPORT_NAME = "ampcheck.json"
+_NOTE_HEAD = f"{NAME}: what is known of this failure"
+
+Emit = Callable[[str], None]
+Line = Callable[[tuple[Finding, ...]], Text]
+
+
+class Teller:
+    """Tells the findings of a run, each once: on rank 0, through ``emit`` or else on standard error, and in the JSON
+    report at ``destination`` (true: ``ampcheck.json`` in ``directory``; false: nowhere)."""
+
+    def __init__(self, destination: bool | str | os.PathLike[str] = False) -> None:
+        self.emit: Emit | None = None
+        self.directory: Path | None = None
+        self._destination = destination
+        self._told: list[Finding] = []
+        self._heard: dict[int, tuple[Finding, ...]] = {}
+        self._unwritable = False
+
+    def tell(self, stage: str, report: Report, line: Line, *, quiet: bool = False) -> Report:
+        """Tell what is new in ``report`` and in what other ranks found at this stage, under the line that ``line``
+        makes of it. Returns the report with the findings of all ranks. ``quiet``: no line where nothing is new."""
+        heard = gather(stage, report.findings) or {rank(): report.findings}
+        self._heard |= heard
+        pairs = merged_findings(self._heard, heard)
+        # Which ranks are heard in time differs from stage to stage, and so does what is said of them.
+        unsaid = [pair for pair in pairs if pair[0] not in self._told]
+        self._told += [finding for finding, _ in unsaid]
+        new = tuple(telling for _, telling in unsaid)
+        merged = replace(report, findings=tuple(telling for _, telling in pairs))
+        if rank() == 0:
+            if new or not quiet:
+                self.say(line(new))
+            self.say_findings(new, report.trace)
+            self.write(merged)
+        return merged
+
+    def note(self, error: BaseException, findings: Iterable[Finding], trace: Trace) -> None:
+        """Attach those of ``findings`` that were not told yet to ``error``."""
+        new = [finding for finding in findings if finding not in self._told]
+        if not new:
+            return
+        self._told += new
+        note = "\n".join([_NOTE_HEAD, *(render_finding(finding, trace).plain for finding in told(new))])
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:
+            # Python 3.10 keeps no notes and shows none.
+            error.__notes__ = [*getattr(error, "__notes__", ()), note]
+            self.say(Text(note))
+
+    def say_not_judged(self, not_judged: Mapping[str, str]) -> None:
+        if not_judged and rank() == 0:
+            self.say(not_judged_line(not_judged))
+
+    def say_findings(self, findings: Iterable[Finding], trace: Trace) -> None:
+        for finding in findings:
+            self.say(render_finding(finding, trace))
+
+    def say(self, text: Text) -> None:
+        if self.emit is not None:
+            self.emit(text.plain)
+            return
+        # Rich ends the program where its own file is a pipe that nobody reads.
+        rendered = io.StringIO()
+        colors = sys.stderr is not None and sys.stderr.isatty()
+        Console(file=rendered, soft_wrap=True, highlight=False, force_terminal=colors).print(text)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(rendered.getvalue())
+            sys.stderr.flush()
+
+    def write(self, report: Report) -> None:
+        """Write the JSON report, on rank 0. Where that fails, it is said once."""
+        if rank() != 0 or self._destination is False or self._unwritable:
+            return
+        if self._destination is not True:
+            path = Path(self._destination)
+        elif self.directory is not None:
+            path = self.directory / REPORT_NAME
+        else:
+            return
+        try:
+            report.write(path)
+        except (OSError, ValueError) as error:
+            self._unwritable = True
+            why = getattr(error, "strerror", None) or error
+            self.say(Text(f"{NAME}  the report could not be written to {shown(str(path))}: {why}"))

@@ -1,0 +1,77 @@
+"""What is known of one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from ampcheck.observe.again import Again
+from ampcheck.observe.step import WatchedStep
+from ampcheck.report import Report
+from ampcheck.report.teller import Teller
+from ampcheck.trace import GraphTrace, Phase, Seen, StepTrace, Trace
+
+
+@dataclass
+class Run:
+    """What is known of one run, from ``attach`` on. ``entry`` is what the loop calls, ``model`` the user's module in
+    it; both are ``None`` again when the run is over. ``open`` are the steps being watched, and ``died`` is what the
+    last one showed that an exception left."""
+
+    teller: Teller
+    model: nn.Module | None = None
+    entry: nn.Module | None = None
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    scaler: torch.amp.GradScaler | None = None
+    trace: Trace = field(default_factory=Trace)
+    report: Report | None = None
+    training_left: int = 0
+    evaluation_left: bool = False
+    open: list[WatchedStep] = field(default_factory=list)
+    died: Seen | None = None
+    off: bool = False
+
+    def expect(self, watch_steps: int, device_type: str) -> None:
+        """What is to be watched in this run, and what to say of it until it was."""
+        unobserved = {
+            "training": "no training step was watched",
+            "evaluation": "no evaluation step was watched",
+            "uncompiled": "what runs inside compiled code is not watched",
+        }
+        watchable = torch.amp.is_autocast_available(device_type)
+        if not watchable:
+            reason = f"the model is on the device {device_type!r}, for which PyTorch has no autocast"
+            unobserved |= {"training": reason, "evaluation": reason}
+        self.trace = replace(self.trace, unobserved=unobserved)
+        self.training_left = watch_steps if watchable else 0
+        self.evaluation_left = watchable and watch_steps > 0
+
+    def take(self, phase: Phase, step: StepTrace, graph: GraphTrace | None) -> StepTrace:
+        """Add what a step showed to what earlier ones of its phase did; returns all of them as one."""
+        earlier = self.trace.training if phase == "training" else self.trace.evaluation
+        together = step if earlier is None else earlier.followed_by(step)
+        self.trace = self.trace.showing(Seen(phase, together, graph))
+        if phase == "evaluation":
+            self.evaluation_left = False
+        else:
+            self.training_left -= 1
+        return together
+
+    def again(self) -> Again | None:
+        """What replays steps of this run, while its model is there."""
+        if self.model is None or self.trace.model is None:
+            return None
+        return Again(self.model, self.trace.model.device_type, self.optimizers, self.scaler)
+
+    def abandon(self) -> None:
+        """Watch nothing any more; what is being watched shows nothing."""
+        self.training_left, self.evaluation_left = 0, False
+        while self.open:
+            self.open.pop().abandon()
+
+    def let_go(self) -> None:
+        """Hold nothing that is the user's."""
+        self.model = self.entry = self.scaler = None
+        self.optimizers = []
