@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass
+from enum import Enum, auto
 from traceback import walk_stack, walk_tb
 from types import TracebackType
 from typing import Any
@@ -19,16 +19,44 @@ from torch import nn
 from torch._guards import TracingContext
 
 from ampcheck.checker import AmpChecker, FindingsError
-from ampcheck.observe.probes.autocast import AutocastProbe, autocast_state
+from ampcheck.loops.evaluation import FirstEvaluation
+from ampcheck.loops.shown import held_by, optimizers_of, precision_of, precision_with, scaler_of
+from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, undo
 from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modules import on_module_calls
 from ampcheck.observe.step import WatchedStep
-from ampcheck.observe.walk import anything_compiled, dtype_name, has_autocast_cache_fault, unwrapped
+from ampcheck.observe.walk import anything_compiled, has_autocast_cache_fault, unwrapped
 from ampcheck.precision import Precision
 from ampcheck.report import Report
 from ampcheck.report.teller import Emit
 from ampcheck.trace import Host
+
+# A scaler that skips the step, or gradient accumulation, must not keep the probes for long.
+_MOST_FORWARDS = 8
+
+
+class _State(Enum):
+    """Of a watch, as far as training goes."""
+
+    WAITING = auto()
+    """No call of a module that trains was seen."""
+    STEP = auto()
+    """A step is being watched."""
+    BETWEEN = auto()
+    """The model is known, and its next call begins another step to watch or ends the watch."""
+    DONE = auto()
+
+
+@dataclass
+class _Step:
+    """A step that is being watched. ``equipped``: the model had an optimizer when it began; ``optimized``: one has
+    stepped since, and the next call of the model begins another step."""
+
+    watched: WatchedStep
+    equipped: bool
+    forwards: int = 1
+    optimized: bool = False
 
 
 class watch:
@@ -76,22 +104,20 @@ class watch:
         self._checker = AmpChecker(**options) if checker is None else checker
         self._model = model
         self._optimizers: list[torch.optim.Optimizer] = optimizers
+        self._known: list[torch.optim.Optimizer] = []
         self._scaler = scaler
         self._precision = precision
         self._context: dict[str, Any] = {"host": host, "emit": emit, "directory": directory}
+        self._state = _State.WAITING
         self._autocast = AutocastProbe()
         self._training = ExitStack()
-        self._evaluation = ExitStack()
-        self._listening = ExitStack()
-        self._step: WatchedStep | None = None
+        self._evaluation = FirstEvaluation(self._checker, self._roots, self._evaluation_began, self._contained)
         self._outermost: nn.Module | None = None
-        self._optimized = False
-        self._equipped = False
-        self._elsewhere: set[int] = set()
+        self._step: _Step | None = None
+        self._stepped_elsewhere: set[int] = set()
         self._fault: Exception | None = None
-        self._forwards = 0
         self._shown: tuple[Precision, torch.amp.GradScaler | None] = Precision(), None
-        self._place = os.getpid(), threading.get_ident()
+        self._thread = os.getpid(), threading.get_ident()
 
     @property
     def report(self) -> Report | None:
@@ -109,21 +135,23 @@ class watch:
         return self
 
     def _begin(self) -> None:
-        self._place = os.getpid(), threading.get_ident()
-        self._step = self._outermost = None
-        self._optimized = False
-        self._autocast.waiting = True
+        self._thread = os.getpid(), threading.get_ident()
+        self._wait()
         # It enters autocast itself, once: not under the probe.
         has_autocast_cache_fault()
         # Ahead of its entry, which may fail half-way.
         self._training.callback(undo, self._autocast.__exit__, None, None, None)
         self._autocast.__enter__()
-        self._training.callback(self._listening.close)
-        self._listen()
+        self._training.callback(undo, on_module_calls(self._contained(self._called)))
         steps = Listening()
         self._training.callback(undo, steps.end)
         steps.to(torch.optim.Optimizer._optimizer_step_code, before=self._stepped)
-        self._await_evaluation()
+        self._evaluation.wait()
+
+    def _wait(self) -> None:
+        """For the first call of a module that trains, wherever it comes from."""
+        self._state, self._outermost, self._step = _State.WAITING, None, None
+        self._autocast.waiting = True
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -139,7 +167,7 @@ class watch:
             if self._fault is not None:
                 self._give_up(self._fault)
             self._safely(self._end_step, None if ended else exc)
-            if self._outermost is None and ended:
+            if self._state is _State.WAITING and ended:
                 self._contained(self._never_trained)()
         finally:
             try:
@@ -147,18 +175,19 @@ class watch:
             finally:
                 self._checker.detach()
                 self._model = self._outermost = self._scaler = None
-                self._optimizers, self._shown = [], (Precision(), None)
+                self._optimizers, self._known, self._shown = [], [], (Precision(), None)
 
     def _end_if_complete(self, exc: BaseException) -> None:
         """End the step where it was complete when something else raised. One with two optimizers may not be."""
-        if self._optimized and not _left_backward(exc):
+        if self._step is not None and self._step.optimized and not _left_backward(exc):
             self._end_step()
 
     def _let_go(self) -> None:
         """Remove everything. What one removal raises keeps no other from being done."""
-        for stack in (self._training, self._evaluation):
+        self._state = _State.DONE
+        for held in (self._training, self._evaluation):
             try:
-                stack.close()
+                held.close()
             except Exception as error:  # noqa: BLE001
                 self._checker.switch_off(error)
 
@@ -193,7 +222,7 @@ class watch:
                 # What Dynamo traces must be the user's program alone; it also calls modules for their shapes only.
                 if torch.compiler.is_dynamo_compiling() or TracingContext.try_get() is not None:
                     return
-                if (os.getpid(), threading.get_ident()) == self._place:
+                if (os.getpid(), threading.get_ident()) == self._thread:
                     with torch._C.DisableTorchFunction():
                         self._safely(hook, *args)
             except RecursionError:
@@ -202,54 +231,56 @@ class watch:
 
         return call
 
-    def _listen(self) -> None:
-        """Wait for the calls of the model, wherever they come from."""
-        self._listening.callback(undo, on_module_calls(self._contained(self._called)))
-
     def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._fault is not None:
             raise self._fault
-        if self._outermost is None:
+        step = self._step
+        if step is not None and self._was_mistaken(step, module):
+            self._checker.start_over()
+            self._autocast.forget()
+            self._wait()
+        if self._state is _State.WAITING:
             if not self._begins_training(module):
                 return
             self._outermost = module
             self._attach(module)
-        elif self._was_mistaken_for(module):
-            self._step = self._outermost = None
-            self._checker.start_over()
-            self._autocast.waiting = True
-            self._autocast.forget()
-            self._called(module, args)
-            return
         elif module is not self._outermost or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
-        elif self._step is not None:
-            if self._step.inside_model:
+        elif step is not None:
+            if step.watched.inside_model:
                 return
-            self._forwards += 1
-            # A scaler that skips the step, or gradient accumulation, must not keep the probes for long.
-            if not self._optimized and self._forwards < _MOST_FORWARDS:
+            step.forwards += 1
+            if not step.optimized and step.forwards < _MOST_FORWARDS:
                 return
             self._end_step()
+        self._next_step(module)
+
+    def _next_step(self, module: nn.Module) -> None:
+        self._state = _State.BETWEEN
         if self._checker.watching:
-            step = self._checker.training_step(self._autocast)
-            if isinstance(step, WatchedStep):
+            watched = self._checker.training_step(self._autocast)
+            if isinstance(watched, WatchedStep):
                 self._autocast.waiting = False
-                self._optimized, self._forwards = False, 1
-                self._step = step.__enter__()
+                own = {id(parameter) for parameter in module.parameters()}
+                equipped = any(own & held_by(optimizer) for optimizer in self._known)
+                self._state, self._step = _State.STEP, _Step(watched.__enter__(), equipped)
         else:
-            self._training.close()
+            self._end_training()
             if not self._checker.watching_evaluation:
                 self._evaluation.close()
 
-    def _was_mistaken_for(self, module: nn.Module) -> bool:
+    def _end_training(self) -> None:
+        self._state = _State.DONE
+        self._training.close()
+
+    def _was_mistaken(self, step: _Step, module: nn.Module) -> bool:
         """Whether the open step is not that of the training: what began it was a dry run of ``module``, before there
         was an optimizer, or another model, while an optimizer has stepped that trains ``module``."""
-        if self._step is None or self._optimized or self._equipped or not self._begins_training(module):
+        if step.optimized or step.equipped or not self._begins_training(module):
             return False
         if module is self._outermost:
-            return bool(_optimizers_of(module))
-        return not self._elsewhere.isdisjoint(map(id, module.parameters()))
+            return bool(optimizers_of(module))
+        return not self._stepped_elsewhere.isdisjoint(map(id, module.parameters()))
 
     def _begins_training(self, module: nn.Module) -> bool:
         if not module.training or not torch.is_grad_enabled():
@@ -262,53 +293,30 @@ class watch:
         return any(parameter.requires_grad for parameter in module.parameters())
 
     def _attach(self, module: nn.Module) -> None:
-        own = {id(parameter) for parameter in module.parameters()}
-        optimizers = self._optimizers or _optimizers_of(module)
-        self._equipped = any(own & _held(optimizer) for optimizer in optimizers)
-        self._elsewhere = set()
-        scaler = self._scaler
-        if scaler is None and _float16_in_force(module):
-            # Float16 is seldom meant without one. Elsewhere one that is alive may be another run's.
-            scalers = _alive(torch.amp.GradScaler)
-            scaler = next((one for one in scalers if one.is_enabled()), scalers[0] if scalers else None)
-        precision = self._precision or self._observed(module, scaler)
+        self._known = self._optimizers or optimizers_of(module)
+        self._stepped_elsewhere = set()
+        scaler = self._scaler if self._scaler is not None else scaler_of(module)
+        precision = self._precision or precision_of(module, scaler, self._autocast.around)
         self._shown = precision, scaler
-        self._checker.attach(module, precision=precision, optimizers=optimizers, scaler=scaler, **self._context)
+        self._checker.attach(module, precision=precision, optimizers=self._known, scaler=scaler, **self._context)
 
     def _take_scaler(self) -> None:
         """The scaler is known by its use, where none was given."""
-        scaler = self._step.scaler if self._step is not None else None
+        scaler = self._step.watched.scaler if self._step is not None else None
         precision, known = self._shown
         if self._scaler is None and scaler is not None and scaler is not known:
             self._shown = precision, scaler
-            self._checker.scaled_by(scaler, self._precision or _shown_by(scaler, precision))
-
-    def _observed(self, module: nn.Module, scaler: torch.amp.GradScaler | None) -> Precision:
-        """The precision that the loop itself shows at its first training forward."""
-        tensor = next(module.parameters(), None)
-        if tensor is None or not torch.amp.is_autocast_available(tensor.device.type):
-            return Precision()
-        device_type, enabled = tensor.device.type, scaler.is_enabled() if scaler is not None else None
-        state = autocast_state(device_type)
-        entered = [region for region in self._autocast.around if region.requested]
-        if state.enabled or entered:
-            region = next((r for r in entered if r.enabled == state.enabled), None)
-            where = f"the autocast region at {region.site}" if region and region.site else "an autocast region"
-            dtype = state.dtype if state.enabled or region is None else region.dtype
-            enabled = False if enabled is None and dtype == "float16" else enabled
-            return Precision("mixed", device_type, dtype, enabled, where)
-        precision = Precision("true", device_type, dtype_name(tensor.dtype), False, explicit=False)
-        return precision if scaler is None else _shown_by(scaler, precision)
+            self._checker.scaled_by(scaler, self._precision or precision_with(scaler, precision))
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._fault is not None or (os.getpid(), threading.get_ident()) != self._place:
+        if self._fault is not None or (os.getpid(), threading.get_ident()) != self._thread:
             return
         try:
-            held = _held(optimizer)
-            if self._outermost is not None and not held.isdisjoint(map(id, self._outermost.parameters())):
-                self._optimized = True
-            else:
-                self._elsewhere |= held
+            held = held_by(optimizer)
+            if self._outermost is None or held.isdisjoint(map(id, self._outermost.parameters())):
+                self._stepped_elsewhere |= held
+            elif self._step is not None:
+                self._step.optimized = True
         except Exception as error:  # noqa: BLE001
             self._fault = bare(error)
 
@@ -316,95 +324,24 @@ class watch:
         self._take_scaler()
         step, self._step = self._step, None
         if step is not None:
+            self._state = _State.BETWEEN
             self._autocast.waiting = True
             try:
-                step.__exit__(type(exc) if exc else None, exc, None)
+                step.watched.__exit__(type(exc) if exc else None, exc, None)
             finally:
                 self._autocast.forget()
 
-    @property
     def _roots(self) -> tuple[nn.Module, ...]:
         """The module that the loop calls, and the user's own inside its wrappers."""
         return (self._outermost, unwrapped(self._outermost)) if self._outermost is not None else ()
 
-    def _await_evaluation(self) -> None:
-        """Wait for ``model.eval()``: no hook could, without a Python call in every batch until then."""
-        evaluations = Listening()
-        self._evaluation.callback(undo, evaluations.end)
-        evaluations.to(nn.Module.eval, before=self._contained(self._eval_called))
-
-    def _is_around_model(self, module: nn.Module) -> bool:
-        return any(part is root for part in module.modules() for root in self._roots)
-
-    def _eval_called(self, module: nn.Module) -> None:
-        if not self._is_around_model(module):
-            return
-        if self._step is not None and self._optimized:
+    def _evaluation_began(self) -> None:
+        if self._step is not None and self._step.optimized:
             self._end_step()
             if not self._checker.watching:
-                self._training.close()
-        self._evaluation.close()
-        if self._checker.watching_evaluation:
-            self._evaluating()
-
-    def _evaluating(self) -> None:
-        roots = self._roots
-        opened: list[tuple[nn.Module, Any]] = []
-
-        def before(called: nn.Module, args: tuple[Any, ...]) -> None:
-            if opened or not any(called is root for root in roots):
-                return
-            if called.training:
-                self._evaluation.close()
-                self._await_evaluation()
-            else:
-                step = self._checker.evaluation_step(autocast=autocast)
-                opened.append((called, step))
-                if isinstance(step, WatchedStep):
-                    step.__enter__()
-
-        def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if opened and called is opened[0][0]:
-                step = opened[0][1]
-                self._evaluation.close()
-                step.__exit__(None, None, None)
-
-        autocast = self._evaluation.enter_context(AutocastProbe())
-        self._evaluation.callback(undo, on_module_calls(self._contained(before), self._contained(after)))
-
-
-_MOST_FORWARDS = 8
+                self._end_training()
 
 
 def _left_backward(exc: BaseException) -> bool:
     """Whether an exception came out of a backward pass."""
     return any(frame.f_code.co_name == "_engine_run_backward" for frame, _ in walk_tb(exc.__traceback__))
-
-
-def _float16_in_force(module: nn.Module) -> bool:
-    device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
-    if not torch.amp.is_autocast_available(device_type):
-        return False
-    state = autocast_state(device_type)
-    return state.enabled and state.dtype == "float16"
-
-
-def _shown_by(scaler: torch.amp.GradScaler, precision: Precision) -> Precision:
-    """``precision`` of a loop that uses ``scaler``, which is a wish for mixed precision in itself."""
-    if not scaler.is_enabled() or precision.mixed:
-        return replace(precision, scaler=scaler.is_enabled())
-    return Precision("mixed", precision.device_type, None, True, f"an enabled {type(scaler).__name__}")
-
-
-def _optimizers_of(module: nn.Module) -> list[torch.optim.Optimizer]:
-    own = {id(parameter) for parameter in module.parameters()}
-    return [optimizer for optimizer in _alive(torch.optim.Optimizer) if own & _held(optimizer)]
-
-
-def _held(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _alive(kind: type[Any]) -> list[Any]:
-    """The objects of a class that are alive. ``isinstance`` would run the code of proxies; their type does not lie."""
-    return [item for item in gc.get_objects() if issubclass(type(item), kind)]

@@ -253,7 +253,7 @@ def test_fault_in_the_checkers_parts(name, monkeypatch, alone):
 
 @pytest.mark.parametrize("name", ["_alive", "autocast_state", "dtype_name"])
 def test_fault_in_the_watch(name, monkeypatch, alone):
-    monkeypatch.setattr(f"ampcheck.loops.watch.{name}", raising)
+    monkeypatch.setattr(f"ampcheck.loops.shown.{name}", raising)
     torch.manual_seed(0)
     told: list[str] = []
 
@@ -268,7 +268,7 @@ def test_fault_in_the_watch(name, monkeypatch, alone):
 
 def test_fault_in_what_the_watch_says_before_attaching(monkeypatch, capfd):
     """The fault comes before the host's ``emit`` is known: standard error has the one warning."""
-    monkeypatch.setattr("ampcheck.loops.watch._alive", raising)
+    monkeypatch.setattr("ampcheck.loops.shown._alive", raising)
     model = CNN()
     with ampcheck.watch(model) as watch:
         train(model, sgd(model))
@@ -364,7 +364,7 @@ def test_fault_that_is_not_contained_would_end_training(owner, name, monkeypatch
 
 def test_fault_that_is_not_caught_would_end_training(monkeypatch):
     monkeypatch.setattr(ampcheck.watch, "_contained", lambda self, hook: hook)
-    monkeypatch.setattr("ampcheck.loops.watch._alive", raising)
+    monkeypatch.setattr("ampcheck.loops.shown._alive", raising)
     with pytest.raises(Fault):
         result("bf16", lambda model, *_: ampcheck.watch(model))
 

@@ -90,7 +90,7 @@ def points() -> dict[Point, str]:
 
 EVERY = os.environ.get("AMPCHECK_FAULTS") == "all"
 # What holds hooks, modes and wrappers, or calls what does.
-HOLDS = ("observe/probes/", "checker", "loops/watch", "observe/step", "observe/replay")
+HOLDS = ("observe/probes/", "checker", "run", "loops/", "observe/step", "observe/replay")
 
 
 def chosen() -> Iterator[tuple[Point, str]]:
