@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ampcheck.observe.state import copied_iterator
 from ampcheck.observe.statements import FUNCTIONS, LOOPS, Statements, pytorchs_context
-from ampcheck.source.lines import is_library, is_ours, is_torch
+from ampcheck.source.lines import is_library, is_ours, is_torch, names_of
 
 # PyTorch's own files that call the user's training code, where all others are called by it.
 _AROUND = ("/torch/utils/_contextlib.py", "/torch/amp/autocast_mode.py", "/torch/distributed/", "/torch/_dynamo/")
@@ -156,12 +156,8 @@ def _program(one: Standing, path: list[ast.AST], start: int, taken: Statements, 
         code: CodeType = compile(body, one.frame.f_code.co_filename, "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return None
-    own = one.frame.f_code
-    facts: dict[str, Any] = {"co_name": own.co_name}
-    if hasattr(own, "co_qualname"):
-        facts["co_qualname"] = own.co_qualname
     contexts = [] if entered else list(_entered_around(path[:start], taken.names))
-    return _Program(code.replace(**facts), dict(taken.names), contexts)
+    return _Program(code.replace(**names_of(one.frame.f_code)), dict(taken.names), contexts)
 
 
 def _around(one: Standing) -> Iterator[Any]:

@@ -12,7 +12,8 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
+from typing import Any
 
 from ampcheck.source.printable import shown
 from ampcheck.trace import Role, Site
@@ -140,6 +141,12 @@ def short_path(file: str) -> str:
     except ValueError:
         return file
     return relative if len(relative) < len(file) else file
+
+
+def names_of(code: CodeType) -> dict[str, Any]:
+    """The names that tracebacks show for ``code``, as ``code.replace`` takes them."""
+    # `co_qualname` came with Python 3.11.
+    return {name: getattr(code, name) for name in ("co_name", "co_qualname") if hasattr(code, name)}
 
 
 def remember_source(file: str, names: dict[str, object]) -> None:

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ampcheck.observe.autograd import active_hooks, is_pytorchs_hook, saved_slots, slot_value
 from ampcheck.observe.probes.call_sites import CallSite, CallSites
-from ampcheck.observe.probes.containment import contained, hide_frame
+from ampcheck.observe.probes.containment import contained, own_frame_hidden
 from ampcheck.observe.probes.graph_log import unchecked_save
 from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modes import alone, tracing
@@ -222,11 +222,8 @@ class AliasProbe:
     def _packing(self, pack: Callable[..., Any], foreign: bool) -> Callable[..., Any]:
         @functools.wraps(pack)
         def packing(tensor: Any) -> Any:
-            try:
+            with own_frame_hidden:
                 packed = pack(tensor)
-            except BaseException as error:
-                hide_frame(error)
-                raise
             self._pack(tensor, pack if foreign else None)
             return packed
 
@@ -236,11 +233,8 @@ class AliasProbe:
     def _unpacking(self, unpack: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(unpack)
         def unpacking(packed: Any) -> Any:
-            try:
+            with own_frame_hidden:
                 tensor = unpack(packed)
-            except BaseException as error:
-                hide_frame(error)
-                raise
             self._unpack(tensor)
             return tensor
 
@@ -287,11 +281,8 @@ def data_property(descriptor: Any, listeners: list[Any]) -> property:
     and what it is about to be given."""
 
     def get(tensor: Any) -> Any:
-        try:
+        with own_frame_hidden:
             alias = descriptor.__get__(tensor)
-        except BaseException as error:
-            hide_frame(error)
-            raise
         for _, (aliased, _) in listeners:
             if aliased is not None:
                 aliased(alias, tensor)
@@ -300,11 +291,8 @@ def data_property(descriptor: Any, listeners: list[Any]) -> property:
     def assign(tensor: Any, value: Any) -> None:
         for _, (_, assigned) in listeners:
             assigned(tensor, value)
-        try:
+        with own_frame_hidden:
             descriptor.__set__(tensor, value)
-        except BaseException as error:
-            hide_frame(error)
-            raise
 
     return property(get, assign, None, descriptor.__doc__)
 
@@ -312,11 +300,8 @@ def data_property(descriptor: Any, listeners: list[Any]) -> property:
 def _method(original: Any, listeners: list[Any]) -> Any:
     @functools.wraps(original)
     def method(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with own_frame_hidden:
             result = original(tensor, *args, **kwargs)
-        except BaseException as error:
-            hide_frame(error)
-            raise
         for _, noted in listeners:
             noted(result, tensor)
         return result

@@ -65,6 +65,20 @@ def hide_frame(error: BaseException) -> None:
         error.__traceback__ = error.__traceback__.tb_next
 
 
+class _OwnFrameHidden:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            hide_frame(error)
+
+
+own_frame_hidden = _OwnFrameHidden()
+"""Around a call of the program's own, made for it: what the call raises shows no frame of the function that holds the
+``with`` block. Up to Python 3.10 the frame comes back, and ``hide_frames`` takes it out."""
+
+
 def hide_frames(error: BaseException) -> None:
     """Take AmpCheck's frames out of the traceback of ``error``, and of those it came from, but for the outermost
     frame of each. Before Python 3.11 a bare ``raise`` brings back what ``hide_frame`` took out."""

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ampcheck.observe.autograd import active_hooks
 from ampcheck.observe.probes.aliases import data_property
 from ampcheck.observe.probes.call_sites import CallSite, CallSites
-from ampcheck.observe.probes.containment import bare, contained, hide_frame
+from ampcheck.observe.probes.containment import bare, contained, own_frame_hidden
 from ampcheck.observe.probes.graph_log import Derived, GraphLog, GraphOp, Overwrite, op_name
 from ampcheck.observe.probes.known_ops import KnownOp, counting_versions, known_op, write_targets
 from ampcheck.observe.probes.listening import Listening
@@ -275,11 +275,8 @@ class DispatchProbe(TorchDispatchMode):
                         observed = self._before(func, known, args, kwargs)
         except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
             self.error = self.error or bare(error)
-        try:
+        with own_frame_hidden:
             output = func(*args, **kwargs) if counted else counting_versions(func, args, kwargs)
-        except BaseException as error:
-            hide_frame(error)
-            raise
         if observed is not None:
             try:
                 with torch._C.DisableTorchFunction():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ampcheck.observe.probes.containment import bare, hide_frame
+from ampcheck.observe.probes.containment import bare, own_frame_hidden
 from ampcheck.observe.probes.dispatch import DispatchProbe, Given
 from ampcheck.observe.probes.modes import tracing
 
@@ -43,10 +43,8 @@ class ExtensionOps(TorchFunctionMode):
         except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
             self.error = self.error or bare(error)
         try:
-            output = func(*args, **kwargs)
-        except BaseException as error:
-            hide_frame(error)
-            raise
+            with own_frame_hidden:
+                output = func(*args, **kwargs)
         finally:
             if aside:
                 self._probe.step_back()

@@ -17,7 +17,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from ampcheck.observe.probes.containment import hide_frame, undo
-from ampcheck.source.lines import LISTENING
+from ampcheck.source.lines import LISTENING, names_of
 
 Before = Callable[..., tuple[Any, ...] | None]
 After = Callable[..., None]
@@ -145,14 +145,12 @@ def disguised(template: Any, original: CodeType, values: dict[str, Any], line: i
     facts: dict[str, Any] = {
         "co_consts": tuple(values.get(one, one) if isinstance(one, str) else one for one in made.co_consts),
         "co_filename": original.co_filename,
-        "co_name": original.co_name,
+        **names_of(original),
         "co_firstlineno": original.co_firstlineno,
         # Unused by the template, but a function's closure must fit its code.
         "co_freevars": original.co_freevars,
         "co_linetable": _on_one_line(len(made.co_code), line - original.co_firstlineno, _columns(original, line)),
     }
-    if hasattr(original, "co_qualname"):
-        facts["co_qualname"] = original.co_qualname
     code: CodeType = made.replace(**facts)
     return code
 
