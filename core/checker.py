@@ -44,7 +44,7 @@ from ampcheck.report.text import NAME, fit_line, step_line
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
 from ampcheck.rules.rule import Finding, Severity
-from ampcheck.run import Run
+from ampcheck.run import Held, Run
 from ampcheck.trace import Failure, GraphTrace, Host, Phase, Seen, Trace
 
 _DIAGNOSED = "_ampcheck_diagnosed"
@@ -152,16 +152,15 @@ class AmpChecker:
         AmpCheck failed and switched itself off. Raises ``FindingsError``.
         """
         try:
-            again = self._run.model is not None
+            again = self._run.held is not None
             run = self._run if again else self._new_run()
             self._run = run
             if run.off:
                 return None
             run.teller.emit, run.teller.directory = emit, Path(directory) if directory is not None else None
-            run.entry, run.model = model, unwrapped(model)
-            run.optimizers, run.scaler = list(optimizers), scaler
+            run.held = held = Held(model, unwrapped(model), tuple(optimizers), scaler)
             with alone():
-                info = replace(walk(run.model), compiled=is_compiled(model))
+                info = replace(walk(held.model), compiled=is_compiled(model))
                 scaling = scaler is not None and scaler.is_enabled()
                 run.trace = replace(
                     run.trace,
@@ -169,7 +168,7 @@ class AmpChecker:
                     environment=environment(),
                     host=host,
                     model=info,
-                    optimizers=tuple(examine_optimizer(optimizer, run.model) for optimizer in run.optimizers),
+                    optimizers=tuple(examine_optimizer(optimizer, held.model) for optimizer in held.optimizers),
                     scaler=examine_scaler(scaler) if scaler is not None else None,
                     averaged=walk(averaged) if averaged is not None else None,
                 )
@@ -187,10 +186,10 @@ class AmpChecker:
         """The gradient scaler of the run showed itself in a step that is being watched, and with it what is asked
         for. What is judged from now on takes them into account."""
         run = self._run
-        if run.off or run.trace.model is None:
+        if run.off or run.held is None or run.trace.model is None:
             return
         try:
-            run.scaler = scaler
+            run.held = run.held._replace(scaler=scaler)
             precision = precision_by_policy(run.trace.model, precision, scaler.is_enabled())
             run.trace = replace(run.trace, scaler=examine_scaler(scaler), precision=precision)
         except Exception as error:  # noqa: BLE001
@@ -232,8 +231,8 @@ class AmpChecker:
         again in its place. An exception is diagnosed once, and one that has nothing to do with precision or autograd
         gets no note.
         """
-        run = self._run
         try:
+            run = self._run
             if run.off or not isinstance(error, Exception) or isinstance(error, FindingsError):
                 return
             if getattr(error, _DIAGNOSED, False):
@@ -243,7 +242,7 @@ class AmpChecker:
             if sys.version_info < (3, 11):
                 hide_frames(error)
             with torch._C.DisableTorchFunction():
-                failure = examine(error, model=run.model, phase=phase, step=step)
+                failure = examine(error, model=run.held and run.held.model, phase=phase, step=step)
             if "internal_error" in failure.fields:
                 self.switch_off(RuntimeError(f"{failure.fields['internal_error']}, while a failure was examined"))
                 return
@@ -309,15 +308,15 @@ class AmpChecker:
 
     def detach(self) -> None:
         """Remove everything and let go of the model. What could not be judged is said once. May be called again."""
-        run = self._run
         try:
+            run, report = self._run, self._run.report
             run.abandon()
-            if run.model is not None and run.report is not None and run.report.trace.failure is None and not run.off:
-                run.teller.say_not_judged(run.report.not_judged)
+            if run.held is not None and report is not None and report.trace.failure is None and not run.off:
+                run.teller.say_not_judged(report.not_judged)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
         finally:
-            run.let_go()
+            self._run.held = None
 
     def start_over(self) -> None:
         """What was attached is not the model that trains: forget it, and what was seen of it."""
@@ -369,13 +368,12 @@ class AmpChecker:
         autocast: AutocastProbe | None,
         batch: FindBatch | None = None,
     ) -> AbstractContextManager[object]:
-        run = self._run
         try:
-            watched, info = run.model, run.trace.model
-            if watched is None or info is None:
+            run, other = self._run, None
+            held, info = run.held, run.trace.model
+            if held is None or info is None:
                 return _NOTHING
-            other = None
-            entry = next(one for one in (model, run.entry, watched) if one is not None)
+            watched, entry = held.model, model if model is not None else held.entry
             compiled = anything_compiled() and is_compiled(entry)
             if model is not None and unwrapped(model) is not watched:
                 watched = unwrapped(model)

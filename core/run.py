@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,17 +15,22 @@ from ampcheck.report.teller import Teller
 from ampcheck.trace import GraphTrace, Phase, Seen, StepTrace, Trace
 
 
+class Held(NamedTuple):
+    """What is the user's own. ``entry`` is what the loop calls, ``model`` their module in it."""
+
+    entry: nn.Module
+    model: nn.Module
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    scaler: torch.amp.GradScaler | None
+
+
 @dataclass
 class Run:
-    """What is known of one run, from ``attach`` on. ``entry`` is what the loop calls, ``model`` the user's module in
-    it; both are ``None`` again when the run is over. ``open`` are the steps being watched, and ``died`` is what the
-    last one showed that an exception left."""
+    """What is known of one run. It is attached while it holds what is the user's. ``open`` are the steps being watched,
+    ``died`` is what the last one showed that an exception left."""
 
     teller: Teller
-    model: nn.Module | None = None
-    entry: nn.Module | None = None
-    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
-    scaler: torch.amp.GradScaler | None = None
+    held: Held | None = None
     trace: Trace = field(default_factory=Trace)
     report: Report | None = None
     training_left: int = 0
@@ -61,17 +67,12 @@ class Run:
 
     def again(self) -> Again | None:
         """What replays steps of this run, while its model is there."""
-        if self.model is None or self.trace.model is None:
+        if self.held is None or self.trace.model is None:
             return None
-        return Again(self.model, self.trace.model.device_type, self.optimizers, self.scaler)
+        return Again(self.held.model, self.trace.model.device_type, self.held.optimizers, self.held.scaler)
 
     def abandon(self) -> None:
         """Watch nothing any more; what is being watched shows nothing."""
         self.training_left, self.evaluation_left = 0, False
         while self.open:
             self.open.pop().abandon()
-
-    def let_go(self) -> None:
-        """Hold nothing that is the user's."""
-        self.model = self.entry = self.scaler = None
-        self.optimizers = []
