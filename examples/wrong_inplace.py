@@ -3,7 +3,7 @@
 ReLU keeps its output for the backward pass, so `loss.backward()` fails. PyTorch's message names neither the line that
 changed the output nor the module. The script does not mention AmpCheck; the command adds it:
 
-    pip install '.[test]'
+    pip install . scikit-learn
     ampcheck run examples/wrong_inplace.py
 """
 
