@@ -1,8 +1,8 @@
-"""What AmpCheck costs, beside what else one would run: ``python benchmarks/cost.py``.
+"""Measures what AmpCheck costs, beside the tools you might run instead: ``python benchmarks/cost.py``.
 
-All sides of a comparison run in one process, in turn, in alternating order; the figures are ratios of medians, with the
-quartiles of the ratios round by round. Runs on the CPU, and on CUDA where there is one. Needs the extra ``bench``; a
-peer that is not installed is left out, and the output says so.
+All sides of a comparison take turns in one process, in alternating order. The figures are ratios of medians, with the
+quartiles of the per-round ratios. Runs on CUDA if available, else on the CPU. Install the peers with
+``pip install '.[bench]'``; the output lists those that are missing.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ MODELS: dict[str, Callable[[], Made]] = {
 
 
 class Job:
-    """A model with its optimizer, and one plain training step of it under bfloat16 autocast."""
+    """A model and its optimizer; ``step`` is one plain training step under bfloat16 autocast."""
 
     def __init__(self, made: Made) -> None:
         self.model, self.x = made[0].to(DEVICE), made[1].to(DEVICE)
@@ -97,7 +97,7 @@ class Job:
         self.seconds_watched()
 
     def seconds_watched(self) -> float:
-        """The step and what judges it, without the fit start, which has a row of its own."""
+        """The step and the rules that judge it. Fit start has a row of its own."""
         checker = self.attached()
         start = time.perf_counter()
         with checker.training_step():
@@ -113,14 +113,14 @@ class Job:
         return checker
 
     def broken_loss(self) -> torch.Tensor:
-        """A loss whose backward fails: what ``exp`` saved is overwritten."""
+        """A loss whose backward fails: the result that ``exp`` saved is overwritten."""
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             value = self.model(self.x).float().exp()
             value += 1
         return value.mean()
 
     def seconds_to_note(self) -> float:
-        """From the exception of a step that nobody watched to its note, the replay of the batch included."""
+        """From the exception of an unwatched step to its note, including the replay of the batch."""
         checker = self.attached()
         with checker.training_step():
             self.step()
@@ -155,8 +155,7 @@ def clock(function: Callable[[], object]) -> Clock:
 
 
 def in_turn(ours: Clock, others: dict[str, Clock], rounds: int) -> dict[str, dict[str, float]]:
-    """By the name of the other side: the medians, and the ratio ours/other of the medians with the quartiles of the
-    ratios round by round."""
+    """For each other side, by name: both medians, their ratio ours/other, and the quartiles of the per-round ratios."""
     sides = [ours, *others.values()]
     for side in sides:
         side()
@@ -178,7 +177,7 @@ def in_turn(ours: Clock, others: dict[str, Clock], rounds: int) -> dict[str, dic
 
 
 def fit_start(rounds: int) -> dict[str, dict[str, float]]:
-    """On 10,000 modules: the walk against what else lists a model's modules."""
+    """The walk over 10,000 modules, against other tools that list a model's modules."""
     net, _ = many_small_modules(2500)
 
     def attach() -> None:
@@ -210,7 +209,7 @@ def watched_step(name: str, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def steady_state(rounds: int) -> dict[str, dict[str, float]]:
-    """A loop of 20 steps after its watched step, against the same loop without AmpCheck."""
+    """20 steps after the watched step, against the same loop without AmpCheck."""
     plain, checked = Job(convolutional()), Job(convolutional())
 
     def loop(job: Job) -> Clock:
@@ -223,7 +222,7 @@ def steady_state(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def calls_a_batch(batches: int = 50) -> float:
-    """Python calls into AmpCheck in a batch, once the watched step is over."""
+    """Python calls into AmpCheck per batch, after the watched step."""
     job = Job(convolutional())
     ours = str(Path(ampcheck.__file__).parent)
     count = 0
@@ -243,7 +242,7 @@ def calls_a_batch(batches: int = 50) -> float:
 
 
 def failure_to_note(name: str, rounds: int) -> dict[str, float]:
-    """``bound_ms``: five plain steps and 100 ms."""
+    """``bound_ms`` is five plain steps plus 100 ms."""
     job = Job(MODELS[name]())
     first = job.seconds_to_note()
     (figures,) = in_turn(job.seconds_to_note, {"": clock(job.step)}, rounds).values()
@@ -251,7 +250,7 @@ def failure_to_note(name: str, rounds: int) -> dict[str, float]:
 
 
 def growth(rounds: int) -> dict[str, dict[str, float]]:
-    """A watched step and a plain one, in ms, by the number of blocks of three modules."""
+    """Milliseconds of a watched and a plain step, by the number of blocks of three modules."""
     found = {}
     for blocks in BLOCKS:
         job = Job(many_small_modules(blocks))
@@ -262,7 +261,8 @@ def growth(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def peak_memory(rounds: int) -> dict[str, float]:
-    """Peak memory of a watched step over a plain one's: allocated on CUDA, resident in fresh processes on the CPU."""
+    """Peak memory of a watched step over that of a plain one: allocated on CUDA; on the CPU, resident in fresh
+    processes."""
     peaks: dict[str, list[float]] = {"step": [], "watched_step": []}
     for _ in range(max(3, rounds // 4)):
         for kind, found in peaks.items():
@@ -306,7 +306,7 @@ def machine() -> dict[str, object]:
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Ratios with their quartiles and bounds on the left, growth on the right."""
+    """Left: ratios with quartiles and bounds. Right: growth with the number of blocks."""
     from matplotlib.figure import Figure
 
     rows = results["ratios"][::-1]
@@ -337,8 +337,8 @@ def picture(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them there (PNG or SVG)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them to FILE (PNG or SVG)")
     parser.add_argument("--peak", choices=("step", "watched_step"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -348,7 +348,7 @@ def main() -> None:
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")
     if options.picture and not importlib.util.find_spec("matplotlib"):
-        parser.error("--picture needs matplotlib: pip install 'ampcheck[bench]'")
+        parser.error("--picture needs matplotlib: pip install '.[bench]'")
     rounds = options.rounds
     ratios: list[dict[str, Any]] = []
 
@@ -383,7 +383,7 @@ def main() -> None:
             f"failure to note, {name}: {failed['ampcheck_ms']:.0f} ms, {failed['first_ms']:.0f} ms the first time "
             f"(a plain step: {failed['other_ms']:.0f} ms; bound {failed['bound_ms']:.0f} ms)"
         )
-    console.print(f"Python calls of AmpCheck in a batch of the steady state: {results['calls_a_batch']:g} (bound 1)")
+    console.print(f"Python calls into AmpCheck per later batch: {results['calls_a_batch']:g} (bound 1)")
     for blocks, grown in results["growth"].items():
         console.print(f"watched step, {blocks} blocks: {grown['watched_ms']:.1f} ms; plain: {grown['plain_ms']:.1f} ms")
     if options.json:

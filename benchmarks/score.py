@@ -1,10 +1,11 @@
-"""How many real failures are named exactly: the code, the module, the lines, the reason, and a remedy that works.
-Beside it, for the same cases, what PyTorch's own message names and what `torch.autograd.set_detect_anomaly(True)` adds.
+"""Scores AmpCheck on real failures: are the code, the module, the lines and the reason right, and does the fix work?
+PyTorch's own message and `torch.autograd.set_detect_anomaly(True)` are scored beside it on the same cases.
 
 Run: python benchmarks/score.py [--json FILE] [--file NAME] [CASE ...]
 
-The cases are programs in tests/cases, each with what must be named and with a twin repaired as the finding says; most
-come from public reports. A host's run in its own trainer. The exit status is 1 where anything is not right.
+The cases are programs in tests/cases, most of them from public reports. Each states what must be named, and has a
+twin with the fix of the finding applied. Cases of a host run in its own trainer. The exit status is 1 if anything is
+not right.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PLAIN = (
     "reported",
 )
 IN_HOSTS = ("hosts_lightning", "hosts_mmengine", "hosts_ultralytics", "hosts_timm")
-"""Files of cases. A host's run in a process of their own."""
+"""Files of cases. Those of a host run in a process of their own."""
 
 COLUMNS = {"code": "code", "module": "module", "line": "lines", "reason": "reason", "fix": "fix works"}
 OTHERS = {"pytorch": "PyTorch's message", "anomaly": "anomaly mode"}
@@ -58,12 +59,12 @@ Entry = dict[str, Any]
 
 
 class Watched:
-    """A guard that checks the region as an adapter does: a watched step, and a diagnosis of what it raises."""
+    """A guard that checks a region as an adapter does: it watches the step and diagnoses what the step raises."""
 
     anomaly = False
 
     def __init__(self, *, watched: bool = True) -> None:
-        # Whether this machine computes natively in a dtype is not what the cases are about.
+        # The cases are not about which dtypes this machine computes natively.
         self.checker = AmpChecker(ignore="AMP107", watch_steps=int(watched), report=False)
         self.error: Exception | None = None
         self.trained = False
@@ -118,7 +119,7 @@ class Watched:
 
 
 class Unwatched:
-    """A guard that keeps what a user without AmpCheck is told: the exception, the traceback and the warnings."""
+    """A guard that records what a user sees without AmpCheck: the exception, the traceback and the warnings."""
 
     checker = None
 
@@ -149,8 +150,8 @@ class Unwatched:
             yield lambda *compared: None
 
     def named(self, case: Case) -> Named:
-        """Lines count wherever they are printed, alone or among others; a module counts where the message has its
-        name. Codes, reasons and remedies it does not know."""
+        """A line counts wherever it is printed, even among others; a module counts if the message has its name. Codes,
+        reasons and fixes are not scored."""
         named = {"module": f"'{case.module}'" in self.message}
         for role, mark in case.marks.items():
             named[f"{role} line"] = f'File "{case.file}", line {case.line(mark)}, ' in self.said
@@ -158,14 +159,14 @@ class Unwatched:
 
 
 def to_name(case: Case) -> list[str]:
-    """What there is to name: a failure outside of any module has no module, and so on."""
+    """What there is to name. A failure outside any module has no module, for example."""
     roles = {"code": True, "module": case.module is not None, **{f"{role} line": True for role in case.marks}}
     roles |= {"reason": bool(case.reason or case.evidence or case.operands), "fix": case.remedies > 0}
     return [role for role, there in roles.items() if there]
 
 
 def wrong(case: Case, *, watched: bool = True) -> dict[str, str]:
-    """What AmpCheck names wrongly of a case, by role, in words."""
+    """What AmpCheck gets wrong in a case, in words, by role."""
     guard = Watched(watched=watched)
     case.run(guard)
     found = [finding for finding in guard.findings if finding.code == case.code]
@@ -194,7 +195,7 @@ def wrong(case: Case, *, watched: bool = True) -> dict[str, str]:
 def _wrong_lines(case: Case, finding: Finding, role: str, mark: str) -> str:
     lines = {site.line for site in finding.sites if site.role == role and site.file == case.file}
     expected = case.line(mark)
-    # What made the operands may be several lines.
+    # Several lines may have made the operands.
     right = expected in lines if role in ("call", "cast") else lines == {expected}
     return "" if right else f"{sorted(lines)}, not {expected}"
 
@@ -211,7 +212,7 @@ def _wrong_evidence(case: Case, finding: Finding) -> Iterator[str]:
 
 
 def fails_again(case: Case) -> str:
-    """What is wrong with the case repaired by each of its remedies: it must train, without a finding."""
+    """What goes wrong when each fix is applied: the case must then train, without a finding."""
     for remedy in range(1, case.remedies + 1):
         guard = Watched()
         case.run(guard, repaired=remedy)
@@ -227,7 +228,7 @@ def fails_again(case: Case) -> str:
 
 
 def score(case: Case) -> Entry:
-    """What is named of a case, by AmpCheck, PyTorch and anomaly mode."""
+    """What AmpCheck, PyTorch and anomaly mode name in a case."""
     roles = to_name(case)
     with warnings.catch_warnings(), _seeded():
         warnings.simplefilter("ignore")
@@ -264,7 +265,7 @@ def _seeded() -> Iterator[None]:
 
 
 def left_out(case: Case) -> str:
-    """Why a case cannot run here, or nothing."""
+    """Why a case cannot run here; empty if it can."""
     missing = [package for package in case.needs if importlib.util.find_spec(package) is None]
     if missing:
         return f"{', '.join(missing)} is not installed"
@@ -273,7 +274,7 @@ def left_out(case: Case) -> str:
 
 def run_file(name: str, chosen: Sequence[str]) -> dict[str, Entry]:
     """The entries of the cases in one file; ``{"left_out": why}`` for those that cannot run."""
-    # What is missing at the top of a host's file is the host itself.
+    # A missing import at the top of a host's file is the host itself.
     try:
         cases: Iterable[Case] = import_module(f"cases.{name}").CASES
     except ModuleNotFoundError as error:
@@ -288,7 +289,7 @@ def run_file(name: str, chosen: Sequence[str]) -> dict[str, Entry]:
 
 
 def run_apart(name: str, chosen: Sequence[str]) -> dict[str, Entry]:
-    """The same in a process of its own, in a directory that is thrown away."""
+    """``run_file`` in a process of its own, in a temporary directory."""
     with tempfile.TemporaryDirectory() as directory:
         table = Path(directory, "table.json")
         command = [sys.executable, __file__, "--file", name, "--json", str(table), *chosen]
@@ -301,14 +302,14 @@ def run_apart(name: str, chosen: Sequence[str]) -> dict[str, Entry]:
 
 
 def share(entries: Iterable[Entry], column: str, role: str) -> tuple[int, int]:
-    """How often ``role`` was named, of how many times there was one to name."""
+    """How often ``role`` was named, and in how many cases there was one to name."""
     named = [entry[column] for entry in entries if column in entry]
     asked = [right for one in named for name, right in one.items() if name.rpartition(" ")[2] == role]
     return sum(asked), len(asked)
 
 
 def exactly(entries: Iterable[Entry], column: str) -> tuple[int, int]:
-    """How often everything was named."""
+    """In how many cases everything was named, and how many cases there are."""
     named = [entry[column] for entry in entries if column in entry]
     return sum(all(one.values()) for one in named), len(named)
 
@@ -341,7 +342,7 @@ def show(entries: dict[str, Entry]) -> None:
         cells = [
             f"{COLUMNS[role]} {_of(share(unseen, 'unwatched', role))}" for role in ("code", "module", "line", "reason")
         ]
-        print(f"\nThe crashes over dtypes, autocast and scalers, where the step was not watched: {', '.join(cells)}.")
+        print(f"\nCrashes over dtypes, autocast and scalers in unwatched steps: {', '.join(cells)}.")
     faults = {id: entry["wrong"] for id, entry in ran.items() if entry["wrong"]}
     for id, fault in faults.items():
         for role, what in fault.items():
@@ -355,9 +356,9 @@ def _of(counts: tuple[int, int]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="only these cases")
-    parser.add_argument("--file", action="append", choices=PLAIN + IN_HOSTS, help="only the cases of this file")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="run only these cases")
+    parser.add_argument("--file", action="append", choices=PLAIN + IN_HOSTS, help="run only the cases in this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
     options = parser.parse_args(arguments)
 
     logging.disable(logging.CRITICAL)

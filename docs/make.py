@@ -1,7 +1,4 @@
-"""Writes what is said of the rules from the rules themselves: ``python docs/make.py``.
-
-These are a page a rule and their index in ``docs/rules``, and the table of rules in the README.
-"""
+"""Generates ``docs/rules`` from the rules: a page for each, and their index. Run ``python docs/make.py``."""
 
 from __future__ import annotations
 
@@ -12,25 +9,20 @@ from ampcheck import RULES, Rule
 from ampcheck.cli import page
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 PAGES = ROOT / "docs" / "rules"
 SEVERITIES = """\
 An `error` means that training will crash, or compute something other than what was asked; a `warning` is worth a look;
 an `info` is worth knowing. Codes are permanent. `ampcheck explain CODE` shows a page in the terminal."""
 
 
-def table(link: str) -> str:
-    """The rules in rows; ``link`` leads to the folder of their pages."""
-    rows = [f"| [{r.code}]({link}{r.code}.md) | {r.name} | {r.severity} | {r.summary} |" for r in RULES]
-    return "\n".join(["| code | name | severity | what it says |", "| --- | --- | --- | --- |", *rows])
-
-
 def index() -> str:
-    return f"# Rules\n\n{SEVERITIES}\n\n{table('')}\n"
+    rows = [f"| [{r.code}]({r.code}.md) | {r.name} | {r.severity} | {r.summary} |" for r in RULES]
+    table = "\n".join(["| code | name | severity | what it says |", "| --- | --- | --- | --- |", *rows])
+    return f"# Rules\n\n{SEVERITIES}\n\n{table}\n"
 
 
 def rule_page(rule: Rule) -> str:
-    """What ``ampcheck explain`` shows, one heading up, with the way to the index."""
+    """What ``ampcheck explain`` shows, with headings one level up and a link to the index."""
     text = re.sub(r"(?m)^#(?=#)", "", page(rule))
     facts = f"\n## Judged from\n\n{_facts(rule)}\n" if rule.needs else ""
     return f"{text}{facts}\n[All rules](README.md)\n"
@@ -54,15 +46,9 @@ _FACTS = {
 }
 
 
-def with_table(readme: str) -> str:
-    block = f"<!-- rules -->\n{table('docs/rules/')}\n<!-- /rules -->"
-    return re.sub(r"<!-- rules -->.*<!-- /rules -->", lambda _: block, readme, flags=re.DOTALL)
-
-
 def written() -> dict[Path, str]:
-    """The files by path, as they ought to be."""
-    pages = {PAGES / f"{rule.code}.md": rule_page(rule) for rule in RULES}
-    return {README: with_table(README.read_text(encoding="utf-8")), PAGES / "README.md": index(), **pages}
+    """The text of each generated file, by path."""
+    return {PAGES / "README.md": index(), **{PAGES / f"{rule.code}.md": rule_page(rule) for rule in RULES}}
 
 
 def main() -> None:

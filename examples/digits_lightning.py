@@ -1,6 +1,6 @@
-"""A small network learns scikit-learn's digits with Lightning under bfloat16 autocast, checked by AmpCheck.
+"""Train a small network on scikit-learn's digits with Lightning and bfloat16 autocast. AmpCheck is one callback.
 
-pip install "ampcheck[lightning]" scikit-learn
+pip install '.[lightning]' scikit-learn
 python examples/digits_lightning.py
 """
 

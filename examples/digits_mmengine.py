@@ -1,5 +1,6 @@
-"""Train on scikit-learn's digits with an MMEngine Runner; AmpCheck comes in by the config alone.
+"""Train on scikit-learn's digits with an MMEngine Runner. The config file loads AmpCheck; this script does not.
 
+pip install '.[mmengine]' scikit-learn
 python examples/digits_mmengine.py          # float32, on any device
 python examples/digits_mmengine.py --amp    # mixed precision, on a GPU
 """
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset
 
 @DATASETS.register_module()
 class Digits(Dataset):
-    """The first 1,500 digits to train on, the other 297 to evaluate."""
+    """1,500 digits for training, the other 297 for evaluation."""
 
     def __init__(self, split: str) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -66,7 +67,7 @@ class DigitAccuracy(BaseMetric):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--amp", action="store_true", help="mixed precision, as in MMDetection's tools/train.py")
+    parser.add_argument("--amp", action="store_true", help="mixed precision, like MMDetection's --amp")
     parser.add_argument("--work-dir", default="work_dirs/digits")
     args = parser.parse_args()
 
@@ -77,7 +78,7 @@ def main() -> None:
         config.optim_wrapper.loss_scale = "dynamic"
     runner = Runner.from_cfg(config)
     runner.train()
-    print(f"The report: {Path(runner.log_dir) / 'ampcheck.json'}")
+    print(f"AmpCheck's report: {Path(runner.log_dir) / 'ampcheck.json'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-# ruff: noqa: C408 - configs are written so
+# ruff: noqa: C408 - MMEngine configs use `dict(...)`
+
+# These two lines add AmpCheck. If a `_base_` config has hooks: `custom_hooks = _base_.custom_hooks + [...]`.
 custom_imports = dict(imports=["ampcheck.integrations.mmengine"], allow_failed_imports=False)
 custom_hooks = [dict(type="AmpCheckHook")]
 

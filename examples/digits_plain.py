@@ -1,9 +1,9 @@
-"""A plain PyTorch loop learns scikit-learn's digits under bfloat16 autocast, checked by AmpCheck.
+"""Train on scikit-learn's digits in a plain PyTorch loop with bfloat16 autocast, inside `ampcheck.watch`.
 
-    pip install ampcheck scikit-learn
+    pip install . scikit-learn
     python examples/digits_plain.py
 
-Without the `with ampcheck.watch(...)` line the same comes of `ampcheck run examples/digits_plain.py`.
+For a script without the `with ampcheck.watch(...)` line, `ampcheck run SCRIPT` does the same.
 """
 
 import torch

@@ -1,7 +1,8 @@
-"""A timm model learns scikit-learn's digits in a script of the form of timm's `train.py`, which AmpCheck runs as it is.
+"""Train a timm model on scikit-learn's digits. The script has the structure of timm's `train.py` and does not mention
+AmpCheck; the command adds it:
 
-pip install "ampcheck[timm]" scikit-learn
-python -m ampcheck.integrations.timm examples/digits_timm.py --amp --amp-dtype bfloat16
+    pip install '.[timm]' scikit-learn
+    python -m ampcheck.integrations.timm examples/digits_timm.py --amp --amp-dtype bfloat16
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Trains a small YOLO on digits drawn into scenes, with AmpCheck attached.
+"""Train a small YOLO on scenes with digits in them, with AmpCheck attached to the model.
 
-On a CPU Ultralytics switches AMP off without a word, which is what AmpCheck finds here; on a GPU it finds nothing.
+On a CPU Ultralytics silently switches AMP off, and AmpCheck reports it (AMP101).
 
-    pip install ampcheck[ultralytics] scikit-learn
+    pip install '.[ultralytics]' scikit-learn
     python examples/digits_ultralytics.py
 """
 
@@ -20,8 +20,8 @@ from ultralytics import YOLO
 from ampcheck import AmpChecker
 from ampcheck.integrations.ultralytics import AmpCheck
 
-SIZE = 64  # pixels, of a scene
-SIDE = 24  # pixels, of a digit in it
+SIZE = 64  # side of a scene in pixels
+SIDE = 24  # side of a digit in pixels
 
 MODEL = """\
 nc: 10
@@ -38,7 +38,7 @@ head:
 
 
 def draw(root: Path, split: str, digits: np.ndarray, labels: np.ndarray) -> None:
-    """Scenes with one digit in the upper half and one in the lower, and their boxes."""
+    """Write scenes with one digit in the upper half and one in the lower half, and their boxes."""
     random = np.random.default_rng(0)
     for folder in ("images", "labels"):
         (root / folder / split).mkdir(parents=True)

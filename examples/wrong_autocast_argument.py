@@ -1,8 +1,8 @@
 """Wrong on purpose: `torch.autocast(device=...)`, as in RF-DETR (https://github.com/roboflow/rf-detr/issues/52).
 
-The run dies in its first step with PyTorch's own TypeError, and AmpCheck's note below it says what to write.
+The first step crashes with PyTorch's own TypeError. AmpCheck's note below it shows the line and the right argument.
 
-    pip install "ampcheck[lightning]" scikit-learn
+    pip install '.[lightning]' scikit-learn
     python examples/wrong_autocast_argument.py
 """
 

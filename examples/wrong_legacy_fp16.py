@@ -1,8 +1,9 @@
 """Wrong on purpose: `fp16 = dict(...)` in an MMEngine config.
 
-MMCV 1.x and MMDetection 2 turned mixed precision on by it. MMEngine reads it nowhere: the config loads, the run trains
-in float32, and nothing says so but AmpCheck (AMP101).
+In MMCV 1.x and MMDetection 2 this line turned mixed precision on. MMEngine ignores it: the config loads and the run
+trains in float32. Only AmpCheck reports it (AMP101).
 
+    pip install '.[mmengine]' scikit-learn
     python examples/wrong_legacy_fp16.py
 """
 

@@ -1,10 +1,11 @@
-"""Wrong on purpose, then repaired: Mask2Former's silent export failure (https://github.com/open-mmlab/mmdetection/issues/11371).
+"""Wrong on purpose, then fixed: Mask2Former's silent export failure (https://github.com/open-mmlab/mmdetection/issues/11371).
 
-Its deformable attention calls a compiled kernel past PyTorch's dispatcher. `torch.jit.trace` cannot see the kernel, and
-freezes its answer to the example into the graph: the export is exact on the example and useless on everything else.
-NumPy stands in for the kernel here. AmpCheck names the module, the line and what to do; the second export does it.
+Its deformable attention calls a compiled kernel that bypasses PyTorch's dispatcher. `torch.jit.trace` cannot see the
+kernel and freezes its result into the graph as a constant: the export is exact on the example input and wrong on all
+others. Here NumPy stands in for the kernel. AmpCheck names the module, the line and the fix, and the second export
+applies the fix.
 
-    pip install ampcheck
+    pip install .
     python examples/wrong_trace.py
 """
 
@@ -18,8 +19,8 @@ import ampcheck
 
 
 def sample_kernel(value: torch.Tensor, where: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sample ``value`` [batch, keys, channels] at ``where`` [batch, queries, points] in 0 to 1, between two keys each,
-    and mix by ``weights`` [batch, queries, points]: what a CUDA kernel does in one go."""
+    """Interpolate ``value`` [batch, keys, channels] at the positions ``where`` [batch, queries, points], from 0 to 1,
+    and sum over points with ``weights`` [batch, queries, points]. The real model has one CUDA kernel for this."""
     v, x, w = (tensor.detach().numpy() for tensor in (value, where * (value.shape[1] - 1), weights))
     low = np.clip(np.floor(x).astype(int), 0, v.shape[1] - 2)
     part = (x - low)[..., None].astype(v.dtype)
@@ -29,7 +30,7 @@ def sample_kernel(value: torch.Tensor, where: torch.Tensor, weights: torch.Tenso
 
 
 def sample_plain(value: torch.Tensor, where: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The same in tensor operations."""
+    """``sample_kernel`` in tensor operations."""
     x = where * (value.shape[1] - 1)
     low = x.floor().long().clamp(0, value.shape[1] - 2)
     part = (x - low).unsqueeze(-1)
@@ -72,7 +73,7 @@ def main() -> None:
         wrong = torch.jit.trace(model, example)
     print(ampcheck.compare(model, wrong, example))
 
-    # The fix of AMP602, as printed.
+    # The fix that AMP602 prints.
     with ampcheck.plain_kernels({"__main__:sample_kernel": sample_plain}), torch.no_grad():
         right = torch.jit.trace(model, example)
     print(ampcheck.compare(model, right, example))

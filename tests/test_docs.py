@@ -1,4 +1,4 @@
-"""The pages of the rules, and the README's table of them, against the rules."""
+"""The generated pages against the rules, and the links of all pages against the disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_there_is_a_page_a_rule_and_no_other() -> None:
 
 
 def test_links_lead_to_files() -> None:
-    for path in (ROOT / "README.md", *(ROOT / "docs" / "rules").glob("*.md")):
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path}: {target}"
 

@@ -1,1 +1,1 @@
-"""Healthy models of many families, trained under AmpCheck: none may raise an alarm, and none may train otherwise."""
+"""Healthy models of many families, trained under AmpCheck: none may get an error or train differently."""

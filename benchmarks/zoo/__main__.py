@@ -1,9 +1,9 @@
 """Trains the zoo: ``python -m benchmarks.zoo [--only PATTERN] [--sample N] [--json FILE]``.
 
-Every model is trained two steps and evaluated once, in float32, under bfloat16 and under float16 autocast, on the CPU,
-from random weights: first alone, then from the same seed inside ``ampcheck.watch``. The exit status is 1 where a
-healthy model got a finding of severity error, where AmpCheck failed (AMP900), and where the watched training was
-another than the plain one. Warnings and infos are listed for reading.
+Each model trains for two steps and evaluates once, on the CPU, from random weights, in float32 and under bfloat16 and
+float16 autocast: first alone, then from the same seed inside ``ampcheck.watch``. The exit status is 1 if a healthy
+model gets an error, if AmpCheck fails (AMP900), or if watched and plain training differ. Warnings and infos are listed
+for you to read.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def recipes() -> dict[str, Any]:
 
 
 def work() -> None:
-    """A process of the pool: names of models on standard input, their runs as JSON lines on standard output."""
+    """A worker process: reads names of models from standard input and writes their runs as JSON lines."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what models print goes elsewhere
+    os.dup2(2, 1)  # what models print goes to standard error
     import torch
 
     from .trial import tried
@@ -62,7 +62,7 @@ def work() -> None:
 
 
 class Worker:
-    """Trains the models of a queue in a process, and in a new one after one that crashed, hung or is full."""
+    """Trains the models of a queue in a process, and starts a new one when it crashes, hangs or is full."""
 
     def __init__(self, todo: SimpleQueue[Any], done: Runs, timeout: float, keep: Callable[[], None]) -> None:
         self.todo, self.done, self.timeout, self.keep = todo, done, timeout, keep
@@ -118,7 +118,7 @@ class Worker:
             runs: list[dict[str, Any]] = json.loads(answer)
             return runs
         process.wait()
-        error = f"no end after {self.timeout:g} s" if expired else f"the process died with status {process.returncode}"
+        error = f"timed out after {self.timeout:g} s" if expired else f"the process ended with {process.returncode}"
         return [{"dtype": dtype, "outcome": "lost", "error": error, "findings": []} for dtype in recipe.dtypes]
 
     def stop(self) -> None:
@@ -135,7 +135,7 @@ def sampled(names: Sequence[str], count: int) -> list[str]:
 
 
 def is_bad(run: dict[str, Any]) -> bool:
-    """Whether AmpCheck did what it must not do to a healthy model."""
+    """Whether AmpCheck raised an alarm on a healthy model, or changed its training."""
     if run["outcome"] == "fails alone":
         return False
     alarms = any(finding["severity"] == "error" or finding["code"] == "AMP900" for finding in run["findings"])
@@ -157,11 +157,11 @@ def print_table(runs: Runs, families: dict[str, str]) -> None:
     for family, row in [*rows.items(), ("all", total)]:
         cells = (("models", 8), ("healthy", 9), ("error", 8), ("warning", 9), ("info", 6), ("differ", 8), ("lost", 6))
         print(f"{family:<34}" + "".join(f"{row[column]:>{width}}" for column, width in cells))
-    print("healthy: in every precision. error, warning, info: findings. differ: not the plain training to the bit.")
+    print("healthy: in every precision. error, warning, info: findings. differ: training is not bit-identical.")
 
 
 def print_findings(runs: Runs) -> None:
-    """Each message once, with all that got it."""
+    """Each message once, with the models that got it."""
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for name, of_model in runs.items():
         for run in of_model:
@@ -175,8 +175,8 @@ def print_findings(runs: Runs) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--only", metavar="PATTERN", default="*", help="models or families by name, such as 'timm/*'")
-    parser.add_argument("--sample", metavar="N", type=int, default=0, help="so many of them, spread evenly")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all runs there")
+    parser.add_argument("--sample", metavar="N", type=int, default=0, help="only N of them, spread evenly")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all runs to FILE")
     parser.add_argument("--timeout", metavar="SECONDS", type=float, default=180, help="for one model (180)")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -216,14 +216,14 @@ def main() -> int:
     each = [(name, run) for name, of_model in runs.items() for run in of_model]
     for title, wanted in (
         ("fails without AmpCheck", lambda run: run["outcome"] == "fails alone"),
-        ("two plain runs differ already", lambda run: run.get("repeatable") is False),
+        ("two plain runs differ", lambda run: run.get("repeatable") is False),
         ("wrong", is_bad),
     ):
         listed = [(name, run) for name, run in each if wanted(run)]
         print(f"\n{title}: {len(listed)} of {len(each)} runs")
         for name, run in listed:
             print(f"    {name}/{run['dtype']}: {run['outcome']} {run.get('error', '')}".rstrip())
-    print("\nfindings, to be read:")
+    print("\nfindings:")
     print_findings(runs)
     return int(any(is_bad(run) for _, run in each))
 

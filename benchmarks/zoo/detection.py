@@ -1,4 +1,4 @@
-"""Ultralytics' models as their yaml files describe them, at their smallest scale, with the losses they train by."""
+"""Ultralytics' models, built from their yaml files at the smallest scale, with the losses they train on."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _YAMLS = {
 
 
 def _batch(task: str) -> dict[str, Any]:
-    """Two images with two objects each, as the trainers hand them to the model; boxes are relative to the side."""
+    """Two images with two objects each, as the trainers pass them to the model; boxes are relative to the side."""
     # An RT-DETR picks 300 of the places of its feature maps.
     side = 160 if task == "rtdetr" else SIDE
     objects = 4

@@ -1,4 +1,4 @@
-"""Image and video models of timm and torchvision, from random weights, on images as small as they take."""
+"""Image and video models of timm and torchvision, with random weights, on the smallest images they accept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .recipe import Recipe, Training, classifier
 
-# One small member of each of timm's modules of architectures, by image side; of `!` ones the side is an argument.
+# A small architecture from each of timm's model files, and its image side; `!`: the side is an argument of the model.
 _TIMM = """
 beit beit_base_patch16_224 32!
 byoanet eca_botnext26ts_256 32!

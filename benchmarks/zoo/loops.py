@@ -75,7 +75,7 @@ def accumulating() -> Training:
 
 
 class Adversarial(Training):
-    """A generator and a discriminator in one module, an optimizer each."""
+    """A generator and a discriminator in one module, with an optimizer each."""
 
     def __init__(self) -> None:
         self.parts = parts = nn.ModuleDict({"fakes": Generator(), "judge": Judge()})
@@ -241,7 +241,7 @@ class CheckpointedSequence(nn.Module):
 
 
 class Averaging(Training):
-    """An averaged copy follows the weights, and is what is evaluated."""
+    """An averaged copy follows the weights and is evaluated in their place."""
 
     def __init__(self) -> None:
         inner, self.x = classifier(convolutional(), x := images()), x
@@ -261,7 +261,7 @@ class Averaging(Training):
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer and a trained correction of low rank."""
+    """A frozen linear layer plus a trained low-rank correction."""
 
     def __init__(self, base: nn.Linear, rank: int = 4) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ def distilled() -> Training:
 
 
 def self_supervised() -> Training:
-    """A momentum teacher that is the student's own average, as in BYOL."""
+    """A teacher that is a moving average of the student, as in BYOL."""
     student, x = convolutional(), images()
     teacher = copy.deepcopy(student).requires_grad_(False)
 
@@ -323,7 +323,7 @@ def parametrized(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], Trainin
 
 
 class PerSample(Training):
-    """Gradients of each sample by torch.func, averaged by hand."""
+    """Per-sample gradients from torch.func, averaged by hand."""
 
     def __init__(self) -> None:
         inner, self.x = classifier(perceptron_without_dropout(), x := vectors()), x
@@ -350,7 +350,7 @@ def perceptron_without_dropout() -> nn.Sequential:
 
 
 class StraightThrough(torch.autograd.Function):
-    """Rounds; the gradient passes as it is. The inputs are cast to float32, as the AMP notes recommend."""
+    """Rounds, and passes the gradient through unchanged. Casts its inputs to float32, as the AMP notes recommend."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
@@ -375,7 +375,7 @@ class Quantized(nn.Module):
 
 
 def focal() -> Training:
-    """Logits, a focal weight in float32, and boxes by smooth L1 beside them."""
+    """A focal loss weighted in float32 for the logits, and smooth L1 for the boxes."""
     model, x, target, boxes = perceptron(14), vectors(), (torch.rand(8, 10) > 0.8).float(), torch.randn(8, 4)
 
     def loss() -> Tensor:
@@ -388,7 +388,7 @@ def focal() -> Training:
 
 
 def several_losses() -> Training:
-    """Hinge, triplet, cosine and Huber losses of one network."""
+    """Hinge, triplet, cosine and Huber losses on one network."""
     model, x = perceptron(), vectors()
 
     def loss() -> Tensor:
@@ -402,7 +402,7 @@ def several_losses() -> Training:
 
 
 class Closure(Training):
-    """LBFGS calls the closure several times a step. A loss scaler takes no closure: its gradients are not scaled."""
+    """LBFGS calls the closure several times a step. A loss scaler takes no closure, so the gradients are not scaled."""
 
     def __init__(self) -> None:
         inner = classifier(perceptron_without_dropout(), vectors())
@@ -423,7 +423,7 @@ class Closure(Training):
 
 
 class SharpnessAware(Training):
-    """Two forward and backward passes a step, the weights moved between them and put back."""
+    """Two forward and backward passes a step; the weights move in between and are then restored."""
 
     def step(self, precision: Precision) -> Tensor:
         (optimizer,) = self.optimizers
@@ -453,7 +453,7 @@ def sharpness_aware() -> Training:
 
 
 class Penalized(Training):
-    """A penalty on the gradient of the outputs by the inputs: backward through backward."""
+    """A penalty on the gradient of the outputs with respect to the inputs: a double backward."""
 
     def __init__(self) -> None:
         self.judge, self.x = perceptron_without_dropout(), vectors()
@@ -484,7 +484,7 @@ def lazy() -> Training:
 
 
 class Multitask(nn.Module):
-    """One trunk, two heads, and learned weights of the two losses."""
+    """One trunk, two heads, and learned weights for the two losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -509,7 +509,7 @@ def multitask() -> Training:
 
 
 def policy() -> Training:
-    """Policy gradient with an entropy bonus, over ``torch.distributions``."""
+    """Policy gradient with an entropy bonus, with ``torch.distributions``."""
     model, x = perceptron(5), vectors()
 
     def loss() -> Tensor:
@@ -521,7 +521,7 @@ def policy() -> Training:
 
 
 def deep_supervision() -> Training:
-    """The net is called twice in a step, and outputs of both calls are in the loss."""
+    """The net runs twice in a step, and the loss uses both outputs."""
     model, x, labels = convolutional(), images(), torch.randint(10, (4,))
 
     def loss() -> Tensor:
@@ -531,7 +531,7 @@ def deep_supervision() -> Training:
 
 
 class Siren(nn.Module):
-    """A field over coordinates, Fourier features in a buffer."""
+    """A coordinate network with Fourier features in a buffer."""
 
     features: Tensor
 

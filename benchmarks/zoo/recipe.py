@@ -1,4 +1,4 @@
-"""What a model of the zoo is made of, and the loop that trains it."""
+"""The parts of a model in the zoo, and the loop that trains it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 2
 
 
 class Precision:
-    """The precision a model is trained in: ``fp32``, ``bf16`` autocast, or ``fp16`` autocast with a loss scaler."""
+    """The precision a model trains in: ``fp32``, ``bf16`` autocast, or ``fp16`` autocast with a loss scaler."""
 
     def __init__(self, name: str) -> None:
         self.dtype = DTYPES[name]
@@ -37,8 +37,8 @@ class Precision:
 
 
 class Training:
-    """A model with its data, and one step of each kind. ``loss`` computes it from the model, in training mode;
-    ``predict`` runs the model for evaluation. Subclasses train in other ways."""
+    """A model with its data. ``loss`` runs the model in training mode and returns the loss; ``predict`` runs it for
+    evaluation. Subclasses train in other ways."""
 
     def __init__(
         self,
@@ -85,8 +85,8 @@ def classifier(model: nn.Module, x: Tensor, *, classes: int = 10) -> Training:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model of the zoo: ``build`` makes it with random weights. ``alone``: it changes its process for good, so that
-    nothing may follow it there."""
+    """A model in the zoo: ``build`` makes it with random weights. ``alone``: it changes its process for good, so no
+    other model may run there after it."""
 
     name: str
     family: str

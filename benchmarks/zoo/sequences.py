@@ -159,7 +159,7 @@ class Recurrent(nn.Module):
 
 
 class Cells(nn.Module):
-    """A recurrent net of cells, unrolled in Python."""
+    """Recurrent cells, unrolled in Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def _recurrent(kind: type[nn.RNNBase], *, packed: bool = False, bidirectional: b
 
 
 class Speech(nn.Module):
-    """Log probabilities of letters, over time."""
+    """Log probabilities of letters over time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def _speech() -> Training:
 
 
 class Bags(nn.Module):
-    """Bags of words, with sparse gradients of the embedding."""
+    """Bags of words, with sparse gradients for the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class Bags(nn.Module):
 
 
 class Graph(nn.Module):
-    """Two rounds of messages along edges: ``index_add`` to nodes, then ``scatter_reduce`` to graphs."""
+    """Two rounds of message passing: ``index_add`` to nodes, then ``scatter_reduce`` to graphs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def _graph() -> Training:
 
 
 class PointSet(nn.Module):
-    """Distances between points, neighbours by top-k, features by gather and a maximum."""
+    """Pairwise distances, neighbours by top-k, features by gather and max."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ class Experts(nn.Module):
 
 
 class StateSpace(nn.Module):
-    """A linear recurrence, as a convolution by FFT."""
+    """A linear recurrence, computed as an FFT convolution."""
 
     def __init__(self) -> None:
         super().__init__()

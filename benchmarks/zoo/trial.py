@@ -1,4 +1,4 @@
-"""A model trained twice from the same seed, without AmpCheck and with it, and what there is to tell of the two."""
+"""Trains a model twice from the same seed, without and with AmpCheck, and compares the two."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .recipe import STEPS, Precision, Recipe, Training
 
 
 class Result(NamedTuple):
-    """What a training leaves behind: the losses, and a digest of model, optimizer, scaler and random state."""
+    """The outcome of a training: the losses, and a digest of model, optimizer, scaler and random state."""
 
     losses: tuple[float, ...]
     digest: str
 
 
 def tried(recipe: Recipe, dtype: str) -> dict[str, Any]:
-    """The run of one model in one precision, as JSON. ``outcome``: ``healthy``; ``fails alone``, without AmpCheck;
-    ``differs``, ``raises`` or ``not watched``, with it. A plain run that is not repeatable proves nothing about a
-    watched one; ``repeatable`` says so."""
+    """The run of one model in one precision, as JSON. ``outcome`` is ``healthy``; ``fails alone`` without AmpCheck; or,
+    with it, ``differs``, ``raises`` or ``not watched``. If two plain runs differ, the watched one proves nothing, and
+    ``repeatable`` is false."""
     start = time.perf_counter()
     run: dict[str, Any] = {"dtype": dtype, "outcome": "healthy", "findings": []}
     with warnings.catch_warnings():
