@@ -74,7 +74,7 @@ def test_fault_on_top_of_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
         return [*losses, *model.parameters()]
 
     expected = run(None)
-    monkeypatch.setattr(AmpChecker, "_abandon", fail)
+    monkeypatch.setattr("ampcheck.run.Run.abandon", fail)
     with pytest.warns(RuntimeWarning, match="AmpCheck switched itself off: OSError: no more of it") as caught:
         found = run(AmpChecker(report=False))
     assert same(found, expected)
