@@ -41,6 +41,8 @@ CONTAINS = {
     "observe/probes/containment-bare",
     "observe/probes/containment-contained.call",
     "observe/probes/containment-hide_frame",
+    "observe/probes/containment-_OwnFrameHidden.__enter__",
+    "observe/probes/containment-_OwnFrameHidden.__exit__",
     "observe/probes/scaler-ScalerProbe._will_clip",
     # What these raise Python ignores.
     "observe/probes/aliases-_Held.__del__",
