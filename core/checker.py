@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from ampcheck.failure import OF_THE_GRAPH, examine
+from ampcheck.failure import examine
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
@@ -46,7 +46,7 @@ from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
 from ampcheck.rules.rule import Finding, Severity, told
 from ampcheck.source.printable import shown
-from ampcheck.trace import Failure, GraphTrace, Host, Phase, StepTrace, Trace
+from ampcheck.trace import Facts, Failure, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, StepTrace, Trace
 
 REPORT_NAME = "ampcheck.json"
 _NOTE_HEAD = f"{NAME}: what is known of this failure"
@@ -76,12 +76,12 @@ class Seen(NamedTuple):
     step: StepTrace | None
     graph: GraphTrace | None
 
-    def explains(self, kind: str | None) -> bool:
+    def explains(self, facts: Facts | None) -> bool:
         """Whether the cause of such a failure is among what was seen."""
         graph = self.graph or GraphTrace()
-        if kind == "saved-tensor-modified":
+        if isinstance(facts, SavedTensorModified):
             return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
-        return bool(graph.cut) if kind == "no-graph" else True
+        return bool(graph.cut) if isinstance(facts, NoGraph) else True
 
     def added_to(self, trace: Trace) -> Trace:
         if self.graph is not None:
@@ -282,18 +282,18 @@ class AmpChecker:
                 hide_frames(error)
             with torch._C.DisableTorchFunction():
                 failure = examine(error, model=self._model, phase=phase, step=step)
-            if "internal_error" in failure.fields:
-                self.switch_off(RuntimeError(f"{failure.fields['internal_error']}, while a failure was examined"))
+            if failure.internal_error is not None:
+                self.switch_off(RuntimeError(f"{failure.internal_error}, while a failure was examined"))
                 return
             trace = replace(self._trace, failure=failure)
             # A step that died is no watched step, but what it showed explains the failure.
             watched = [self._died, *(Seen(step.phase, step.trace(), step.graph()) for step in self._open)]
             seen = [one for one in watched if one is not None]
-            unexplained = failure.kind in OF_THE_GRAPH or (failure.kind is not None and not seen)
+            unexplained = failure.of_the_graph or (failure.facts is not None and not seen)
             fault: Exception | None = None
             if unexplained and failure.phase in ("forward", "backward"):
                 try:
-                    seen += self._replay(error, failure.kind, [batch] if batch is not None else self._reruns(error))
+                    seen += self._replay(error, failure.facts, [batch] if batch is not None else self._reruns(error))
                 except Exception as own:  # noqa: BLE001 - what is known without a replay is told first
                     fault = bare(own)
             for one in seen:
@@ -311,8 +311,10 @@ class AmpChecker:
             return ()
         return itertools.islice(of_traceback(error.__traceback__), _MOST_RERUNS)
 
-    def _replay(self, error: Exception | None, kind: str | None, steps: Iterable[Callable[[], object]]) -> list[Seen]:
-        """What the first of ``steps`` shows that fails like ``error``, of this kind, and explains it; else what the
+    def _replay(
+        self, error: Exception | None, facts: Facts | None, steps: Iterable[Callable[[], object]]
+    ) -> list[Seen]:
+        """What the first of ``steps`` shows that fails like ``error``, with these facts, and explains it; else what the
         last did that fails so, else the first."""
         model, info = self._model, self._trace.model
         found: list[Seen] = []
@@ -338,7 +340,7 @@ class AmpChecker:
             seen = Seen("training", shown, replace(graph or GraphTrace(), replay=outcome.said))
             if outcome.failed_again or not found:
                 found = [seen]
-            if outcome.failed_again and seen.explains(kind):
+            if outcome.failed_again and seen.explains(facts):
                 break
         return found
 
@@ -366,7 +368,7 @@ class AmpChecker:
         self._report = Report(trace, findings, not_judged)
         crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
         telling = [finding for finding in new if finding.severity is Severity.ERROR or finding.code in crashes]
-        if telling and failure.kind is not None:
+        if telling and failure.facts is not None:
             self._told += telling
             blocks = [render_finding(finding, trace).plain for finding in told(telling)]
             self._add_note(error, "\n".join([_NOTE_HEAD, *blocks]))

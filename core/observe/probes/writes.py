@@ -36,6 +36,7 @@ from ampcheck.observe.probes.log import (
 from ampcheck.observe.probes.modes import alone, put_on, taken_off, tracing
 from ampcheck.observe.probes.places import Place, Places
 from ampcheck.observe.walk import dtype_name, hooked_modules, plain_name, unwrapped
+from ampcheck.source.lines import qualified_name
 from ampcheck.trace import Silent, StaleTensor, UncheckedSave
 
 _AUTOGRAD: Any = torch._C._autograd
@@ -665,8 +666,7 @@ def _content(tensor: torch.Tensor) -> tuple[tuple[int, ...], float]:
 
 def _function_name(place: Place) -> str:
     """Of a place in the forward of a custom function, ``Scale.forward``."""
-    code = place.user[0] if place.user else None
-    return str(getattr(code, "co_qualname", getattr(code, "co_name", "a custom function"))).replace("<locals>.", "")
+    return qualified_name(place.user[0]) if place.user else "a custom function"
 
 
 def _is_foreign(hooks: Hooks) -> bool:
