@@ -20,7 +20,7 @@ import torch
 from rich.text import Text
 from torch import nn
 
-from ampcheck.failure import OF_THE_GRAPH, examine
+from ampcheck.failure import examine
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
@@ -45,7 +45,7 @@ from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
 from ampcheck.rules.rule import Finding, Severity
 from ampcheck.run import Held, Run
-from ampcheck.trace import Failure, GraphTrace, Host, Phase, Seen, Trace
+from ampcheck.trace import Failure, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, Seen, Trace
 
 _DIAGNOSED = "_ampcheck_diagnosed"
 _NOTHING = contextlib.nullcontext()
@@ -243,14 +243,14 @@ class AmpChecker:
                 hide_frames(error)
             with torch._C.DisableTorchFunction():
                 failure = examine(error, model=run.held and run.held.model, phase=phase, step=step)
-            if "internal_error" in failure.fields:
-                self.switch_off(RuntimeError(f"{failure.fields['internal_error']}, while a failure was examined"))
+            if failure.internal_error is not None:
+                self.switch_off(RuntimeError(f"{failure.internal_error}, while a failure was examined"))
                 return
             # A step that died is no watched step, but what it showed explains the failure.
             seen = [one for one in (run.died, *(step.seen() for step in run.open)) if one is not None]
             run.died = None
             fault: Exception | None = None
-            unexplained = failure.kind in OF_THE_GRAPH or (failure.kind is not None and not seen)
+            unexplained = failure.of_the_graph or (failure.facts is not None and not seen)
             if unexplained and failure.phase in ("forward", "backward"):
                 try:
                     again = self._failing_again(error, failure, batch)
@@ -301,7 +301,7 @@ class AmpChecker:
         findings, not_judged = judge(trace, self._rules)
         self._run.report = report = Report(trace, findings, not_judged)
         crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
-        if trace.failure is not None and trace.failure.kind is not None:
+        if trace.failure is not None and trace.failure.facts is not None:
             telling = (one for one in findings if one.severity is Severity.ERROR or one.code in crashes)
             self._run.teller.note(error, telling, trace)
         self._run.teller.write(report)
@@ -424,6 +424,6 @@ class AmpChecker:
 
 def _explains(graph: GraphTrace, failure: Failure) -> bool:
     """Whether the cause of the failure is among what was seen."""
-    if failure.kind == "saved-tensor-modified":
+    if isinstance(failure.facts, SavedTensorModified):
         return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
-    return bool(graph.cut) if failure.kind == "no-graph" else True
+    return bool(graph.cut) if isinstance(failure.facts, NoGraph) else True

@@ -9,6 +9,7 @@ Mode = Literal["mixed", "true", "unknown"]
 Means = Literal["autocast", "policy"]
 
 LOW_PRECISION = frozenset({"float16", "bfloat16"})
+FLOATING = LOW_PRECISION | {"float32", "float64"}
 
 
 @dataclass(frozen=True)

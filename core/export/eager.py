@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ampcheck.export.values import Inputs, tensors_in
 from ampcheck.observe.tensors import same_values
 from ampcheck.observe.walk import dtype_name, module_names
-from ampcheck.source.lines import is_library, is_ours, is_torch, site_of
+from ampcheck.source.lines import is_library, is_ours, is_torch, qualified_name, site_of
 from ampcheck.trace import Site
 
 _UNINITIALIZED = ("empty", "new_empty")
@@ -402,12 +402,7 @@ def _site() -> Site | None:
 
 
 def _site_of(frame: FrameType, line: int) -> Site:
-    return site_of(frame.f_code.co_filename, line, _qualified(frame))
-
-
-def _qualified(frame: FrameType) -> str:
-    name: str = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
-    return name.replace("<locals>.", "")
+    return site_of(frame.f_code.co_filename, line, qualified_name(frame.f_code))
 
 
 def _called(frame: FrameType, code: str) -> str | None:
@@ -427,7 +422,7 @@ def _called(frame: FrameType, code: str) -> str | None:
         home = str(getattr(found, "__module__", None) or module)
         if callable(found) and not isinstance(found, type) and home.partition(".")[0] not in ("torch", "numpy"):
             return f"{module}:{path}"
-    name = _qualified(frame)
+    name = qualified_name(frame.f_code)
     if "." not in name and name in frame.f_globals:
         return f"{frame.f_globals.get('__name__', '')}:{name}"
     return None

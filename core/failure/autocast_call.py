@@ -7,8 +7,8 @@ import difflib
 import functools
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from ampcheck.failure.code import (
     returned,
     site_in,
 )
-from ampcheck.failure.frames import Place, user_code_first
+from ampcheck.failure.frames import Frame, Scene, user_code_first
+from ampcheck.trace import AutocastCall, AutocastFault
 
 _PARAMETERS = ("device_type", "dtype", "enabled", "cache_enabled")
 _DEPRECATED_PARAMETERS = ("enabled", "dtype", "cache_enabled")
@@ -34,7 +35,7 @@ class _Call:
     """A call: its arguments in order by parameter name, each as an expression, and the mapping or ``partial`` that
     holds some of them (``source``)."""
 
-    place: Place
+    frame: Frame
     node: ast.Call
     function: Any
     parameters: tuple[str, ...]
@@ -44,86 +45,97 @@ class _Call:
     source: str | None = None
 
 
-def autocast_argument(
-    found: Sequence[Place], match: Mapping[str, str | None], model: nn.Module | None
-) -> dict[str, Any]:
-    """Facts about the failed call: ``reason``, ``argument``, ``value``, ``call`` and its ``site``; ``kwargs_variable``
-    and ``kwargs_site`` where arguments came out of a mapping; ``corrected``, what to write instead, in place of
-    ``replaces`` (``"call"`` or ``"kwargs"``)."""
-    call = next((call for place in user_code_first(found) for call in _calls(place)), None)
-    device = _device_type(found, model)
+class _Fault(NamedTuple):
+    """What is wrong with a call, as far as the message tells."""
+
+    reason: AutocastFault
+    argument: str
+    allowed: tuple[str, ...] | None = None
+    type: str | None = None
+    device: str | None = None
+
+
+def autocast_call(scene: Scene) -> AutocastCall:
+    """The call of ``autocast`` in the frames, and what should have been written."""
+    call = next((call for frame in user_code_first(scene.found) for call in _calls(frame)), None)
+    device = _device_type(scene.found, scene.root)
     definition = _definition(call) if call is not None and call.source is not None else None
-    facts = _reason(match, call, _entries(definition[1]) if definition else None)
+    fault = _fault(scene.said, call, _entries(definition[1]) if definition else None)
+    told = AutocastCall(
+        fault.reason,
+        fault.argument,
+        corrected=f"torch.autocast(device_type={device!r})",
+        allowed=fault.allowed,
+        type=fault.type,
+        device=fault.device,
+    )
     if call is None:
-        return {**facts, "replaces": "call", "corrected": f"torch.autocast(device_type={device!r})"}
-    facts["call"] = ast.unparse(call.node)
-    facts["site"] = call.place.site("raise")
-    if call.function in DEPRECATED:
-        facts["deprecated"] = f"torch.{DEPRECATED[call.function]}.amp.autocast"
-    if call.source is not None:
-        facts["kwargs_variable"] = call.source
-    if definition is not None:
-        facts["kwargs_site"] = site_in(definition[0], definition[1].lineno)
-    argument = facts["argument"]
+        return told
+    of_the_call = call.source is None or fault.argument in call.arguments or _only_the_function_is_wrong(call, fault)
+    return replace(
+        told,
+        corrected=_corrected(call, fault, device) if of_the_call else _mapping(call, fault, device, definition),
+        replaces="call" if of_the_call else "kwargs",
+        call=ast.unparse(call.node),
+        site=call.frame.site("raise"),
+        value=_value(call, fault.argument),
+        deprecated=f"torch.{DEPRECATED[call.function]}.amp.autocast" if call.function in DEPRECATED else None,
+        kwargs_variable=call.source,
+        kwargs_site=site_in(definition[0], definition[1].lineno) if definition is not None else None,
+    )
+
+
+def _value(call: _Call, argument: str) -> str | None:
+    """An argument as it stands in the call, or in what holds it."""
     if argument in call.arguments:
-        facts["value"] = ast.unparse(call.arguments[argument])
-    elif call.held and argument in call.held:
-        facts["value"] = _literal(call.held[argument])
-    if call.source is None or argument in call.arguments or _only_the_function_is_wrong(call, facts):
-        facts["replaces"], facts["corrected"] = "call", _corrected(call, facts, device)
-    else:
-        facts["replaces"], facts["corrected"] = "kwargs", _corrected_mapping(call, facts, device, definition)
-    return facts
+        return ast.unparse(call.arguments[argument])
+    return _literal(call.held[argument]) if call.held and argument in call.held else None
 
 
-def _only_the_function_is_wrong(call: _Call, facts: Mapping[str, Any]) -> bool:
+def _only_the_function_is_wrong(call: _Call, fault: _Fault) -> bool:
     """``torch.cuda.amp.autocast(**kwargs)`` with arguments that ``torch.autocast`` takes as they are."""
-    return call.function in DEPRECATED and facts["reason"] == "device-type-keyword" and call.starred is not None
+    return call.function in DEPRECATED and fault.reason == "device-type-keyword" and call.starred is not None
 
 
 def _definition(call: _Call) -> tuple[str, ast.expr] | None:
     """Where the mapping (or ``partial``) was written down: its file and expression, where there is but one."""
     if isinstance(call.starred, ast.Call):
-        file, values = returned(read(call.starred.func, call.place))
+        file, values = returned(read(call.starred.func, call.frame))
         return (file, values[0]) if len(values) == 1 else None
-    settled, value = assigned_before(call.place, call.source or "")
+    settled, value = assigned_before(call.frame, call.source or "")
     if settled and value is not None:
-        return call.place.file, value
-    made = [node.value for node in assignments(call.place, call.source or "") if node.value is not None]
-    return (call.place.file, made[0]) if len(made) == 1 else None
+        return call.frame.file, value
+    made = [node.value for node in assignments(call.frame, call.source or "") if node.value is not None]
+    return (call.frame.file, made[0]) if len(made) == 1 else None
 
 
-def _reason(
-    match: Mapping[str, str | None], call: _Call | None, entries: Mapping[str, ast.expr] | None
-) -> dict[str, Any]:
+def _fault(said: Mapping[str, str | None], call: _Call | None, entries: Mapping[str, ast.expr] | None) -> _Fault:
     given = {*call.arguments, *(call.held or ()), *(entries or ())} if call else set()
-    unexpected = match.get("unexpected")
+    unexpected = said.get("unexpected")
     deprecated = call is not None and call.function in DEPRECATED
-    if unexpected == "device" or (match.get("missing") and "device" in given):
-        return {"reason": "device-keyword", "argument": "device"}
+    if unexpected == "device" or (said.get("missing") and "device" in given):
+        return _Fault("device-keyword", "device")
     if unexpected == "device_type":
-        return {"reason": "device-type-keyword", "argument": "device_type"}
+        return _Fault("device-type-keyword", "device_type")
     if unexpected:
-        allowed = call.parameters if call else _PARAMETERS
-        return {"reason": "unexpected-keyword", "argument": unexpected, "allowed": list(allowed)}
-    if match.get("missing"):
-        return {"reason": "no-device-type", "argument": "device_type"}
-    if kind := match.get("object"):
-        return {"reason": "device-not-a-string", "argument": "device_type", "type": kind}
-    if kind := match.get("dtype"):
-        return {"reason": "dtype-not-a-dtype", "argument": "dtype", "type": kind}
-    if match.get("unknown") is not None or match.get("unsupported"):
-        facts = {"reason": "unknown-device", "argument": "device_type"}
-        return {**facts, "device": match["unknown"]} if match.get("unknown") else facts
-    return {"reason": "wrong-arguments", "argument": "enabled" if deprecated else "device_type"}
+        return _Fault("unexpected-keyword", unexpected, allowed=call.parameters if call else _PARAMETERS)
+    if said.get("missing"):
+        return _Fault("no-device-type", "device_type")
+    if kind := said.get("object"):
+        return _Fault("device-not-a-string", "device_type", type=kind)
+    if kind := said.get("dtype"):
+        return _Fault("dtype-not-a-dtype", "dtype", type=kind)
+    if said.get("unknown") is not None or said.get("unsupported"):
+        return _Fault("unknown-device", "device_type", device=said.get("unknown") or None)
+    return _Fault("wrong-arguments", "enabled" if deprecated else "device_type")
 
 
-def _calls(place: Place) -> Iterable[_Call]:
-    calls = [node for node in expressions_at(place) if isinstance(node, ast.Call)]
+def _calls(frame: Frame) -> Iterable[_Call]:
+    calls = [node for node in expressions_at(frame) if isinstance(node, ast.Call)]
     # A line can hold several calls; the autocast-like ones come first, and one with other names must be alone.
-    named = [node for node in calls if "autocast" in ast.unparse(node.func) or _is_autocast(read(node.func, place))]
+    named = [node for node in calls if "autocast" in ast.unparse(node.func) or _is_autocast(read(node.func, frame))]
     for node in named or (calls if len(calls) == 1 else ()):
-        yield _describe(place, node)
+        yield _call_of(frame, node)
 
 
 def _is_autocast(function: Any) -> bool:
@@ -132,8 +144,8 @@ def _is_autocast(function: Any) -> bool:
     return isinstance(function, type) and issubclass(function, torch.autocast)
 
 
-def _describe(place: Place, node: ast.Call) -> _Call:
-    function = read(node.func, place)
+def _call_of(frame: Frame, node: ast.Call) -> _Call:
+    function = read(node.func, frame)
     held: dict[str, Any] = {}
     source = None
     filled = 0
@@ -141,14 +153,14 @@ def _describe(place: Place, node: ast.Call) -> _Call:
         held = {**function.keywords, **held}
         filled += len(function.args)
         function, source = function.func, ast.unparse(node.func)
-    call = _Call(place, node, function, _parameters(function))
+    call = _Call(frame, node, function, _parameters(function))
     call.arguments.update(zip(call.parameters[filled:], node.args, strict=False))
     for keyword in node.keywords:
         if keyword.arg is not None:
             call.arguments[keyword.arg] = keyword.value
             continue
         call.starred, source = keyword.value, ast.unparse(keyword.value)
-        value = read(keyword.value, place)
+        value = read(keyword.value, frame)
         if isinstance(value, dict):
             held.update(value)
     call.held, call.source = held, source
@@ -166,17 +178,17 @@ def _parameters(function: Any) -> tuple[str, ...]:
         return _PARAMETERS
 
 
-def _device_type(found: Sequence[Place], model: nn.Module | None) -> str:
+def _device_type(found: Sequence[Frame], model: nn.Module | None) -> str:
     """Where the model lies, else where the tensors in the frames do."""
     tensors: list[torch.Tensor] = []
     if model is not None:
         tensors += [*model.parameters()][:1]
-    tensors += [value for place in reversed(found) for value in place.names.values() if isinstance(value, torch.Tensor)]
+    tensors += [value for frame in reversed(found) for value in frame.names.values() if isinstance(value, torch.Tensor)]
     return tensors[0].device.type if tensors else "cuda"
 
 
-def _corrected(call: _Call, facts: Mapping[str, Any], device: str) -> str:
-    arguments = _repaired(dict(call.arguments), call, facts, device)
+def _corrected(call: _Call, fault: _Fault, device: str) -> str:
+    arguments = _repaired(dict(call.arguments), call, fault, device)
     function: ast.expr = call.node.func
     if call.function in DEPRECATED:
         function = ast.parse("torch.autocast", mode="eval").body
@@ -186,47 +198,42 @@ def _corrected(call: _Call, facts: Mapping[str, Any], device: str) -> str:
     return ast.unparse(ast.Call(function, [], keywords))
 
 
-def _repaired(
-    arguments: dict[str, ast.expr], call: _Call, facts: Mapping[str, Any], device: str
-) -> dict[str, ast.expr]:
+def _repaired(arguments: dict[str, ast.expr], call: _Call, fault: _Fault, device: str) -> dict[str, ast.expr]:
     """``arguments`` with the bad one renamed, replaced, added or dropped."""
-    argument, reason = facts["argument"], facts["reason"]
-    bad = arguments.pop(argument, None)
-    if reason == "unexpected-keyword":
-        close = difflib.get_close_matches(argument, call.parameters, 1)
+    bad = arguments.pop(fault.argument, None)
+    if fault.reason == "unexpected-keyword":
+        close = difflib.get_close_matches(fault.argument, call.parameters, 1)
         return {**arguments, close[0]: bad} if close and bad is not None else arguments
-    if _only_the_function_is_wrong(call, facts) and bad is None:
+    if _only_the_function_is_wrong(call, fault) and bad is None:
         return arguments
     if "device_type" not in call.parameters and call.function not in DEPRECATED:
         return arguments
     kept = arguments.pop("device", None)
-    meant = None if reason == "unknown-device" else bad or kept
-    return {"device_type": _as_string(meant, call.place, device), **arguments}
+    meant = None if fault.reason == "unknown-device" else bad or kept
+    return {"device_type": _as_string(meant, call.frame, device), **arguments}
 
 
-def _as_string(node: ast.expr | None, place: Place, device: str) -> ast.expr:
+def _as_string(node: ast.expr | None, frame: Frame, device: str) -> ast.expr:
     """An expression for the device type that ``node`` means."""
     if node is None:
         return ast.Constant(device)
-    value = read(node, place)
+    value = read(node, frame)
     if isinstance(value, str):
         return node if ":" not in value or not isinstance(node, ast.Constant) else ast.Constant(value.partition(":")[0])
     if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("device") and len(node.args) >= 1:
-        return _as_string(node.args[0], place, device)
+        return _as_string(node.args[0], frame, device)
     if isinstance(value, torch.device) or (value is MISSING and ast.unparse(node).endswith("device")):
         return ast.Attribute(node, "type")
     return ast.Constant(device) if value is not MISSING else node
 
 
-def _corrected_mapping(
-    call: _Call, facts: Mapping[str, Any], device: str, definition: tuple[str, ast.expr] | None
-) -> str:
+def _mapping(call: _Call, fault: _Fault, device: str, definition: tuple[str, ast.expr] | None) -> str:
     """The corrected contents of the mapping (or ``partial``) that the bad argument came out of: as its author wrote
     it where that is found, else with the values it had."""
     entries = _entries(definition[1]) if definition else None
     if entries is None:
         entries = {name: _expression(value) for name, value in (call.held or {}).items()}
-    repaired = _repaired(entries, call, facts, device)
+    repaired = _repaired(entries, call, fault, device)
     if call.starred is None:
         return f"{call.source} = functools.partial(torch.autocast, {_keywords(repaired)})"
     target = "return" if isinstance(call.starred, ast.Call) else f"{call.source} ="

@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from ampcheck.failure.frames import Place
+from ampcheck.failure.frames import Frame
 from ampcheck.source.lines import site_of
 from ampcheck.trace import Role, Site
 
@@ -55,38 +55,38 @@ def parents(file: str) -> dict[ast.AST, ast.AST]:
     return {child: node for node in nodes for child in ast.iter_child_nodes(node)}
 
 
-def function_at(place: Place) -> ast.AST | None:
-    """The innermost function (or the module) that holds the line of ``place``."""
-    tree = tree_of(place.file)
+def function_at(frame: Frame) -> ast.AST | None:
+    """The innermost function (or the module) that holds the line of ``frame``."""
+    tree = tree_of(frame.file)
     if tree is None:
         return None
     holding = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _covers(node, place.line)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _covers(node, frame.line)
     ]
     return max(holding, key=lambda node: node.lineno, default=tree)
 
 
 def site_in(file: str, line: int, role: Role = "call") -> Site:
     """The site of a line of a file, with the function that holds it."""
-    holder = function_at(Place(file, line, ""))
+    holder = function_at(Frame(file, line, ""))
     return site_of(file, line, getattr(holder, "name", "<module>"), role)
 
 
-def expressions_at(place: Place) -> Iterator[ast.AST]:
+def expressions_at(frame: Frame) -> Iterator[ast.AST]:
     """The node that was being evaluated; where Python does not tell, all nodes that begin on the line, outermost
     first."""
-    tree = tree_of(place.file)
+    tree = tree_of(frame.file)
     if tree is None:
         return
     for node in ast.walk(tree):
         if not isinstance(node, (ast.expr, ast.stmt)):
             continue
-        if place.span is None:
-            if node.lineno == place.line or (isinstance(node, ast.stmt) and _head_covers(node, place.line)):
+        if frame.span is None:
+            if node.lineno == frame.line or (isinstance(node, ast.stmt) and _head_covers(node, frame.line)):
                 yield node
-        elif (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset) == place.span:
+        elif (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset) == frame.span:
             yield node
 
 
@@ -98,19 +98,19 @@ def _head_covers(node: ast.stmt, line: int) -> bool:
     return not hasattr(node, "body") and _covers(node, line)
 
 
-def read(node: ast.AST, place: Place) -> Any:
+def read(node: ast.AST, frame: Frame) -> Any:
     """What a plain expression stood for when the frame was left, or ``MISSING``."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name):
-        for scope in (place.names, place.globals, vars(builtins)):
+        for scope in (frame.names, frame.globals, vars(builtins)):
             if node.id in scope:
                 return scope[node.id]
         return MISSING
     if isinstance(node, ast.Attribute):
-        return _attribute(read(node.value, place), node.attr)
+        return _attribute(read(node.value, frame), node.attr)
     if isinstance(node, ast.Subscript):
-        holder, key = read(node.value, place), read(node.slice, place)
+        holder, key = read(node.value, frame), read(node.slice, frame)
         if type(holder) in (dict, list, tuple) and isinstance(key, (str, int)):
             try:
                 return holder[key]
@@ -141,12 +141,12 @@ def _attribute(holder: Any, name: str) -> Any:
     return MISSING if hasattr(value, "__get__") else value
 
 
-def assignments(place: Place, target: str) -> list[ast.Assign | ast.AnnAssign]:
-    """Assignments to ``target`` in the file of ``place``: for a plain name those of its function, else of the top
+def assignments(frame: Frame, target: str) -> list[ast.Assign | ast.AnnAssign]:
+    """Assignments to ``target`` in the file of ``frame``: for a plain name those of its function, else of the top
     level; for an attribute (``"self.kwargs"``) all, whatever the instance is called there."""
     if "." in target:
-        return _assigned(tree_of(place.file), target)
-    return _assigned(function_at(place), target) or _assigned(tree_of(place.file), target, top_level=True)
+        return _assigned(tree_of(frame.file), target)
+    return _assigned(function_at(frame), target) or _assigned(tree_of(frame.file), target, top_level=True)
 
 
 def _assigned(scope: ast.AST | None, target: str, *, top_level: bool = False) -> list[ast.Assign | ast.AnnAssign]:
@@ -173,16 +173,16 @@ def _is_target(node: ast.expr, target: str) -> bool:
     return ast.unparse(node) == target
 
 
-def assigned_before(place: Place, name: str) -> tuple[bool, ast.expr | None]:
-    """The value last assigned to ``name`` when the line of ``place`` ran: ``(True, value)``, ``(True, None)`` for an
+def assigned_before(frame: Frame, name: str) -> tuple[bool, ast.expr | None]:
+    """The value last assigned to ``name`` when the line of ``frame`` ran: ``(True, value)``, ``(True, None)`` for an
     argument of the function, ``(False, None)`` where branches or loops leave it open."""
-    function = function_at(place)
-    if getattr(function, "name", "<module>") != place.function.rpartition(".")[2]:
+    function = function_at(frame)
+    if getattr(function, "name", "<module>") != frame.function.rpartition(".")[2]:
         return False, None
     block: ast.AST | None = function
     path: list[tuple[list[ast.stmt], int, ast.AST]] = []
     while block is not None:
-        step = _child_at(block, place.line)
+        step = _child_at(block, frame.line)
         if step is None:
             break
         body, index = step

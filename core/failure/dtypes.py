@@ -19,7 +19,6 @@ _NAMES = {
     "long": "int64",
     "bool": "bool",
 }
-FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 def canonical(spelling: str | None) -> str | None:

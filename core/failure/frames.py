@@ -6,12 +6,12 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType, FrameType, TracebackType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from ampcheck.source.lines import is_library, is_ours, is_torch, remember_source, site_of
+from ampcheck.source.lines import callers, is_library, is_ours, is_torch, qualified_name, remember_source, site_of
 from ampcheck.trace import Role, Site
 
 Span = tuple[int, int, int, int]
@@ -23,11 +23,11 @@ _USER_CODE = re.compile(r'^\s+File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Frame:
     """One frame of a traceback, or one that Dynamo quotes (then without variables).
 
     ``span`` is the expression that was being evaluated: line, end line, column and end column (UTF-8 bytes), where
-    Python tells (3.11 and later). A place lives only while a failure is examined.
+    Python tells (3.11 and later). It lives only while a failure is examined.
     """
 
     file: str
@@ -54,6 +54,16 @@ class Place:
         return site_of(self.file, self.line, self.function, role)
 
 
+class Scene(NamedTuple):
+    """What the facts of a failure are read from: the exception that matters, what its message says (the groups of the
+    signature that it matches), its frames, and the model, or the outermost module in them."""
+
+    exc: BaseException
+    said: Mapping[str, str | None]
+    found: tuple[Frame, ...]
+    root: nn.Module | None
+
+
 def chain(exc: BaseException) -> Iterator[tuple[BaseException, bool]]:
     """``exc`` and what led to it, outermost first; the flag is false where the link is only *during handling of*."""
     seen: set[int] = set()
@@ -78,46 +88,33 @@ def _rewrapped(exc: BaseException) -> bool:
     return known and str(inner).strip() in str(exc)
 
 
-def places(exc: BaseException, model: nn.Module | None) -> tuple[Place, ...]:
-    """The places ``exc`` passed through, outermost first, without AmpCheck's own."""
-    found = [
-        _place(frame, line, lasti) for frame, line, lasti in _frames(exc.__traceback__) if not is_ours(_file(frame))
-    ]
+def frames_of(exc: BaseException, model: nn.Module | None) -> tuple[Frame, ...]:
+    """The frames ``exc`` passed through, outermost first, without AmpCheck's own."""
+    found: list[Frame] = []
+    traceback = exc.__traceback__
+    while traceback is not None:
+        if not is_ours(traceback.tb_frame.f_code.co_filename):
+            found.append(_frame(traceback.tb_frame, traceback.tb_lineno, traceback.tb_lasti))
+        traceback = traceback.tb_next
     quoted = list(_USER_CODE.finditer(str(exc).partition("from user code:")[2]))
     found += [_quoted(match["file"], int(match["line"]), match["function"], model, found) for match in quoted]
     return tuple(found)
 
 
-def callers(exc: BaseException) -> tuple[Place, ...]:
-    """The places that called the code ``exc`` passed through and are still running, outermost first."""
-    frame = exc.__traceback__.tb_frame.f_back if exc.__traceback__ is not None else None
-    found: list[Place] = []
-    while frame is not None:
-        if not is_ours(_file(frame)):
-            found.append(_place(frame, frame.f_lineno, frame.f_lasti))
-        frame = frame.f_back
-    return tuple(reversed(found))
+def still_running(exc: BaseException) -> tuple[Frame, ...]:
+    """The frames that called the code ``exc`` passed through and have not ended, outermost first."""
+    outermost = exc.__traceback__.tb_frame.f_back if exc.__traceback__ is not None else None
+    return tuple(_frame(one, one.f_lineno, one.f_lasti) for one in callers(outermost))[::-1]
 
 
-def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int, int]]:
-    while traceback is not None:
-        yield traceback.tb_frame, traceback.tb_lineno, traceback.tb_lasti
-        traceback = traceback.tb_next
-
-
-def _file(frame: FrameType) -> str:
-    return frame.f_code.co_filename
-
-
-def _place(frame: FrameType, line: int, lasti: int) -> Place:
-    code = frame.f_code
-    remember_source(code.co_filename, frame.f_globals)
-    names = dict(frame.f_locals)
+def _frame(running: FrameType, line: int, lasti: int) -> Frame:
+    code = running.f_code
+    remember_source(code.co_filename, running.f_globals)
+    names = dict(running.f_locals)
     receiver = names.get(code.co_varnames[0]) if code.co_argcount else None
     if receiver is not None and code.co_varnames[0] != "self" and not _is_method(code, type(receiver)):
         receiver = None
-    # `co_qualname` and `co_positions` came with Python 3.11.
-    function: str = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")
+    # `co_positions` came with Python 3.11.
     span: Span | None = None
     if hasattr(code, "co_positions") and lasti >= 0:
         position = next(itertools.islice(code.co_positions(), lasti // 2, None), None)
@@ -125,7 +122,7 @@ def _place(frame: FrameType, line: int, lasti: int) -> Place:
             first, last, left, right = position
             if first is not None and last is not None and left is not None and right is not None:
                 span = first, last, left, right
-    return Place(_file(frame), line, function, names, frame.f_globals, span, receiver)
+    return Frame(code.co_filename, line, qualified_name(code), names, running.f_globals, span, receiver)
 
 
 def _is_method(code: CodeType, kind: type) -> bool:
@@ -139,8 +136,8 @@ def _is_method(code: CodeType, kind: type) -> bool:
     return False
 
 
-def _quoted(file: str, line: int, function: str, model: nn.Module | None, around: Sequence[Place]) -> Place:
-    roots = [model] if model is not None else [place.module for place in around if place.module is not None]
+def _quoted(file: str, line: int, function: str, model: nn.Module | None, around: Sequence[Frame]) -> Frame:
+    roots = [model] if model is not None else [frame.module for frame in around if frame.module is not None]
     owners = [
         module
         for module in (roots[0].modules() if roots else ())
@@ -151,52 +148,52 @@ def _quoted(file: str, line: int, function: str, model: nn.Module | None, around
     owner = owners[0] if len({id(module) for module in owners}) == 1 else None
     method = getattr(type(owner), function.rpartition(".")[2], None)
     names = {method.__code__.co_varnames[0]: owner} if method is not None else {}
-    return Place(file, line, function, names, getattr(method, "__globals__", {}), None, owner)
+    return Frame(file, line, function, names, getattr(method, "__globals__", {}), None, owner)
 
 
-def sites(found: Sequence[Place]) -> tuple[Site, ...]:
+def sites(found: Sequence[Frame]) -> tuple[Site, ...]:
     """User frames innermost first, then library frames innermost first."""
     inward = found[::-1]
-    return tuple(place.site() for own in (False, True) for place in inward if place.library is own)
+    return tuple(frame.site() for own in (False, True) for frame in inward if frame.library is own)
 
 
-def phase_of(found: Sequence[Place], given: str) -> str:
+def phase_of(found: Sequence[Frame], given: str) -> str:
     """What the step was doing: ``forward``, ``backward``, ``scale``, ``unscale``, ``clip``, ``step``, ``update``; or
     ``given``, where the frames say nothing and it is not a training step."""
     in_module = False
-    for place in reversed(found):
-        if place.in_torch("autograd/__init__.py") or place.in_torch("autograd/graph.py"):
+    for frame in reversed(found):
+        if frame.in_torch("autograd/__init__.py") or frame.in_torch("autograd/graph.py"):
             return "backward"
         if in_module:
             continue
-        if place.in_torch("nn/utils/clip_grad.py"):
+        if frame.in_torch("nn/utils/clip_grad.py"):
             return "clip"
-        if place.in_torch(_SCALER):
-            name = place.function.rpartition(".")[2].strip("_").partition("_")[0]
+        if frame.in_torch(_SCALER):
+            name = frame.function.rpartition(".")[2].strip("_").partition("_")[0]
             return {"unscale": "unscale", "update": "update", "scale": "scale", "apply": "scale"}.get(name, "step")
-        if "/torch/optim/" in place.file.replace("\\", "/") and is_torch(place.file):
+        if "/torch/optim/" in frame.file.replace("\\", "/") and is_torch(frame.file):
             return "step"
-        in_module = place.module is not None
+        in_module = frame.module is not None
     return "forward" if given.startswith("train") else given
 
 
-def inner(found: Sequence[Place]) -> Sequence[Place]:
-    """The places inside the last call of the autograd engine or of a scaler, or all of them."""
+def inner(found: Sequence[Frame]) -> Sequence[Frame]:
+    """The frames inside the last call of the autograd engine or of a scaler, or all of them."""
     for index in range(len(found) - 1, -1, -1):
         if any(found[index].in_torch(path) for path in ("autograd/__init__.py", "autograd/graph.py", _SCALER)):
             return found[index + 1 :]
     return found
 
 
-def root_of(found: Sequence[Place], model: nn.Module | None) -> nn.Module | None:
+def root_of(found: Sequence[Frame], model: nn.Module | None) -> nn.Module | None:
     """The model, or the outermost module in the frames where none was given."""
     if model is not None:
         return model
-    return next((place.module for place in found if place.module is not None), None)
+    return next((frame.module for frame in found if frame.module is not None), None)
 
 
-def user_code_first(found: Sequence[Place]) -> Iterator[Place]:
-    """User places innermost first, then those of libraries other than PyTorch."""
+def user_code_first(found: Sequence[Frame]) -> Iterator[Frame]:
+    """User frames innermost first, then those of libraries other than PyTorch."""
     inward = found[::-1]
-    yield from (place for place in inward if not place.library)
-    yield from (place for place in inward if place.library and not is_torch(place.file))
+    yield from (frame for frame in inward if not frame.library)
+    yield from (frame for frame in inward if frame.library and not is_torch(frame.file))

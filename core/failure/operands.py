@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ampcheck.failure.code import MISSING, assigned_before, expressions_at, parents, read
-from ampcheck.failure.dtypes import FLOATING
-from ampcheck.failure.frames import Place
+from ampcheck.failure.frames import Frame
 from ampcheck.observe.walk import dtype_name, module_names, tensor_names
-from ampcheck.trace import Site
+from ampcheck.precision import FLOATING
+from ampcheck.trace import FailedOperand, Producer
 
 _CASTS = {"float": "float32", "half": "float16", "bfloat16": "bfloat16", "double": "float64"}
 # Calls that change neither dtype nor device; the second do change the shape.
@@ -42,9 +41,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Operation:
-    """The operation that failed: its syntax node, the place it was evaluated at, and its tensors."""
+    """The operation that failed: its syntax node, the frame it was evaluated at, and its tensors."""
 
-    place: Place
+    frame: Frame
     node: ast.AST
     values: tuple[Value, ...]
 
@@ -53,86 +52,86 @@ class Operation:
         return {value.dtype for value in self.values}
 
 
-def find_operation(found: Sequence[Place], dtypes: set[str]) -> Operation | None:
+def find_operation(found: Sequence[Frame], dtypes: set[str]) -> Operation | None:
     """The innermost operation in the frames that has tensors of the ``dtypes`` the message names (where it names
     any), else the innermost one with a tensor."""
     fallback: Operation | None = None
-    for place in reversed(found):
-        if _PASSING.search(place.file):
+    for frame in reversed(found):
+        if _PASSING.search(frame.file):
             continue
-        operations = [Operation(place, node, values) for node, values in _operations(place)]
-        if not operations and fallback is None and place.span is not None:
-            calls = [node for node in expressions_at(place) if isinstance(node, ast.Call)]
-            fallback = Operation(place, calls[0], ()) if calls else None
+        operations = [Operation(frame, node, values) for node, values in _operations(frame)]
+        if not operations and fallback is None and frame.span is not None:
+            calls = [node for node in expressions_at(frame) if isinstance(node, ast.Call)]
+            fallback = Operation(frame, calls[0], ()) if calls else None
         for operation in operations:
             enough = dtypes <= operation.dtypes if dtypes else len(operation.dtypes & FLOATING) > 1
             if enough:
                 return operation
         if operations and (fallback is None or not fallback.values):
             fallback = operations[0]
-        if place.module is not None and operations and not place.library:
+        if frame.module is not None and operations and not frame.library:
             break
     return fallback
 
 
-def _operations(place: Place) -> Iterator[tuple[ast.AST, tuple[Value, ...]]]:
-    for node in expressions_at(place):
-        values = tuple(_tensors(node, place))
+def _operations(frame: Frame) -> Iterator[tuple[ast.AST, tuple[Value, ...]]]:
+    for node in expressions_at(frame):
+        values = tuple(_tensors(node, frame))
         if values:
             yield node, values
 
 
-def _tensors(node: ast.AST, place: Place) -> Iterator[Value]:
+def _tensors(node: ast.AST, frame: Frame) -> Iterator[Value]:
     if isinstance(node, ast.Call):
         if isinstance(node.func, ast.Attribute):
-            yield from _infer(node.func.value, place, "self")
+            yield from _infer(node.func.value, frame, "self")
         for argument in node.args:
-            yield from _infer(argument, place)
+            yield from _infer(argument, frame)
         for keyword in node.keywords:
-            yield from _infer(keyword.value, place, keyword.arg)
+            yield from _infer(keyword.value, frame, keyword.arg)
     elif isinstance(node, ast.BinOp):
-        yield from _infer(node.left, place)
-        yield from _infer(node.right, place)
+        yield from _infer(node.left, frame)
+        yield from _infer(node.right, frame)
     elif isinstance(node, ast.AugAssign):
-        yield from _infer(node.target, place, "destination")
-        yield from _infer(node.value, place, "source")
+        yield from _infer(node.target, frame, "destination")
+        yield from _infer(node.value, frame, "source")
     elif (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)) or (
         isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute)
     ):
-        yield from _infer(node.targets[0].value, place, "destination")
-        yield from _infer(node.value, place, "source")
+        yield from _infer(node.targets[0].value, frame, "destination")
+        yield from _infer(node.value, frame, "source")
     elif isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store):
-        statement = parents(place.file).get(node)
+        statement = parents(frame.file).get(node)
         if isinstance(statement, (ast.Assign, ast.AugAssign)):
-            yield from _tensors(statement, place)
+            yield from _tensors(statement, frame)
 
 
-def _infer(node: ast.expr, place: Place, role: str | None = None) -> Iterator[Value]:
+def _infer(node: ast.expr, frame: Frame, role: str | None = None) -> Iterator[Value]:
     """The tensors an operand expression stood for, without evaluating it."""
     if isinstance(node, ast.Starred):
-        yield from _infer(node.value, place, role)
+        yield from _infer(node.value, frame, role)
     elif isinstance(node, (ast.Tuple, ast.List)):
         for element in node.elts:
-            yield from _infer(element, place, role)
-    elif isinstance(node, ast.Subscript) and not isinstance(read(node, place), torch.Tensor):
+            yield from _infer(element, frame, role)
+    elif isinstance(node, ast.Subscript) and not isinstance(read(node, frame), torch.Tensor):
         # What an index takes out of a tensor has the tensor's dtype.
-        for value in _infer(node.value, place, role):
-            yield dataclasses.replace(value, shape=None, expression=ast.unparse(node))
+        for value in _infer(node.value, frame, role):
+            yield replace(value, shape=None, expression=ast.unparse(node))
     elif isinstance(node, ast.Call):
-        made = _made(node, place)
+        made = _made(node, frame)
         if made is not None:
-            yield dataclasses.replace(made, role=role)
+            yield replace(made, role=role)
     elif isinstance(node, ast.UnaryOp):
-        yield from _infer(node.operand, place, role)
+        yield from _infer(node.operand, frame, role)
     elif isinstance(node, ast.BinOp):
         # With a number it keeps a floating dtype.
         for side, other in ((node.left, node.right), (node.right, node.left)):
-            if type(read(other, place)) in (int, float):
-                for value in _infer(side, place, role):
+            if type(read(other, frame)) in (int, float):
+                for value in _infer(side, frame, role):
                     if value.dtype in FLOATING:
-                        yield dataclasses.replace(value, shape=None, expression=ast.unparse(node))
+                        yield replace(value, shape=None, expression=ast.unparse(node))
     else:
-        yield from _flatten(read(node, place), ast.unparse(node), role)
+        yield from _flatten(read(node, frame), ast.unparse(node), role)
 
 
 def _flatten(value: Any, expression: str, role: str | None) -> Iterator[Value]:
@@ -146,15 +145,15 @@ def _flatten(value: Any, expression: str, role: str | None) -> Iterator[Value]:
             yield from _flatten(element, str(key), role)
 
 
-def _made(node: ast.Call, place: Place) -> Value | None:
+def _made(node: ast.Call, frame: Frame) -> Value | None:
     """What a cast such as ``x.half()`` or ``self.weight.to(x.dtype)`` made."""
     if not isinstance(node.func, ast.Attribute):
         return None
-    source = next(_infer(node.func.value, place), None)
+    source = next(_infer(node.func.value, frame), None)
     if source is None:
         return None
     method, dtype, device, shape = node.func.attr, source.dtype, source.device, source.shape
-    arguments = [read(argument, place) for argument in (*node.args, *(keyword.value for keyword in node.keywords))]
+    arguments = [read(argument, frame) for argument in (*node.args, *(keyword.value for keyword in node.keywords))]
     if method in _CASTS:
         dtype = _CASTS[method]
     elif method in ("to", "type", "type_as") and arguments and all(argument is not MISSING for argument in arguments):
@@ -171,13 +170,13 @@ def _made(node: ast.Call, place: Place) -> Value | None:
         shape = None
     elif method not in _KEEP:
         return None
-    return dataclasses.replace(source, dtype=dtype, device=device, shape=shape, expression=ast.unparse(node))
+    return replace(source, dtype=dtype, device=device, shape=shape, expression=ast.unparse(node))
 
 
 class Naming:
     """Names of tensors: qualified names in the model, else the user's variables."""
 
-    def __init__(self, root: nn.Module | None, found: Sequence[Place]) -> None:
+    def __init__(self, root: nn.Module | None, found: Sequence[Frame]) -> None:
         self._root = root
         self._tensors = tensor_names(root) if root is not None else {}
         self._modules = module_names(root) if root is not None else {}
@@ -192,10 +191,10 @@ class Naming:
 
     def variable(self, tensor: torch.Tensor | None) -> str | None:
         """The user's variable that holds ``tensor``, in the innermost frame that has one."""
-        for place in reversed(self._found):
-            if tensor is None or place.library:
+        for frame in reversed(self._found):
+            if tensor is None or frame.library:
                 continue
-            for name, value in place.names.items():
+            for name, value in frame.names.items():
                 if value is tensor:
                     return name
         return None
@@ -204,60 +203,56 @@ class Naming:
         return self._modules.get(id(module)) if isinstance(module, nn.Module) else None
 
 
-def describe(value: Value, naming: Naming, found: Sequence[Place]) -> tuple[dict[str, Any], Site | None]:
-    """One operand as JSON values, and the line that made it where the frames tell."""
+def operand_of(value: Value, naming: Naming, found: Sequence[Frame]) -> FailedOperand:
+    """What is known of a tensor, and what made it where the frames tell."""
     owned, variable = naming.owned(value.tensor), naming.variable(value.tensor)
-    fact: dict[str, Any] = {
-        "name": owned or variable or value.expression,
-        "dtype": value.dtype,
-        "shape": list(value.shape) if value.shape is not None else None,
-        "device": value.device,
-    }
-    if value.role is not None:
-        fact["role"] = value.role
-    if value.tensor is not None and dtype_name(value.tensor.dtype) != value.dtype:
-        fact["expression"] = value.expression
+    cast = value.tensor is not None and dtype_name(value.tensor.dtype) != value.dtype
+    operand = FailedOperand(
+        name=owned or variable or value.expression,
+        dtype=value.dtype,
+        shape=value.shape,
+        device=value.device,
+        role=value.role,
+        expression=value.expression if cast else None,
+    )
     if owned is not None:
-        fact["kind"] = "parameter" if isinstance(value.tensor, nn.Parameter) else "buffer"
-        return fact, None
-    if variable is None and found and found[-1].library:
-        fact["library"] = True
-    made = _producer(value.tensor, naming, found) if value.tensor is not None else None
-    if made is None:
-        return fact, None
-    module, code, site = made
-    fact["producer"] = {"module": module, "file": site.file, "line": site.line, "code": code}
-    return fact, site
+        return replace(operand, stored="parameter" if isinstance(value.tensor, nn.Parameter) else "buffer")
+    return replace(
+        operand,
+        library=variable is None and bool(found) and found[-1].library,
+        producer=_producer(value.tensor, naming, found) if value.tensor is not None else None,
+    )
 
 
-def _producer(tensor: torch.Tensor, naming: Naming, found: Sequence[Place]) -> tuple[str | None, str, Site] | None:
+def _producer(tensor: torch.Tensor, naming: Naming, found: Sequence[Frame]) -> Producer | None:
     """The module call or the expression that made ``tensor``, and its line, followed outward from the crash through the
     frames that were handed it; ``None`` where the source does not settle it."""
-    for place in reversed(found):
-        if _PASSING.search(place.file):
+    for frame in reversed(found):
+        if _PASSING.search(frame.file):
             continue
-        if place.in_torch("nn/modules/container.py") and place.names.get("input") is tensor:
-            modules = [*place.module._modules.values()] if place.module is not None else []
-            index = next((i for i, one in enumerate(modules) if one is place.names.get("module")), 0)
+        if frame.in_torch("nn/modules/container.py") and frame.names.get("input") is tensor:
+            modules = [*frame.module._modules.values()] if frame.module is not None else []
+            index = next((i for i, one in enumerate(modules) if one is frame.names.get("module")), 0)
             if index > 0:
-                outer = next((p for p in reversed(found) if not p.library), place)
-                return naming.module(modules[index - 1]), type(modules[index - 1]).__name__, outer.site("cast")
+                outer = next((p for p in reversed(found) if not p.library), frame)
+                made_by = modules[index - 1]
+                return Producer(naming.module(made_by), type(made_by).__name__, outer.site("cast"))
             continue
-        names = [name for name, value in place.names.items() if value is tensor]
+        names = [name for name, value in frame.names.items() if value is tensor]
         for name in names:
-            settled, value = assigned_before(place, name)
+            settled, value = assigned_before(frame, name)
             if not settled:
                 return None
             if value is not None:
-                called = read(value.func, place) if isinstance(value, ast.Call) else None
-                line = dataclasses.replace(place, line=value.lineno)
-                return naming.module(called), ast.unparse(value), line.site("cast")
-        if names or any(_holds(value, tensor) for value in place.names.values()):
+                called = read(value.func, frame) if isinstance(value, ast.Call) else None
+                line = replace(frame, line=value.lineno)
+                return Producer(naming.module(called), ast.unparse(value), line.site("cast"))
+        if names or any(_holds(value, tensor) for value in frame.names.values()):
             continue
-        passed = _passed_call(place)
+        passed = _passed_call(frame)
         if passed is None:
             return None
-        return naming.module(read(passed.func, place)), ast.unparse(passed), place.site("cast")
+        return Producer(naming.module(read(passed.func, frame)), ast.unparse(passed), frame.site("cast"))
     return None
 
 
@@ -267,42 +262,38 @@ def _holds(value: Any, tensor: torch.Tensor) -> bool:
     return any(one is tensor for one in values)
 
 
-def _passed_call(place: Place) -> ast.Call | None:
+def _passed_call(frame: Frame) -> ast.Call | None:
     """``b(x)`` in ``a(b(x))``, where that is the only argument."""
-    for node in expressions_at(place):
+    for node in expressions_at(frame):
         if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
             inner = node.args[0]
-            if isinstance(inner, ast.Call) and isinstance(read(inner.func, place), nn.Module):
+            if isinstance(inner, ast.Call) and isinstance(read(inner.func, frame), nn.Module):
                 return inner
     return None
 
 
-def own_tensors(found: Sequence[Place], naming: Naming, dtypes: set[str]) -> list[dict[str, Any]]:
+def own_tensors(found: Sequence[Frame], naming: Naming, dtypes: set[str]) -> list[FailedOperand]:
     """For a check that names no tensor (an RNN's): the innermost module's first parameter in each of ``dtypes``."""
-    module = next((place.module for place in reversed(found) if place.module is not None), None)
-    described = []
+    module = next((frame.module for frame in reversed(found) if frame.module is not None), None)
+    operands: list[FailedOperand] = []
     for tensor in module.parameters(recurse=False) if module is not None else ():
         dtype = dtype_name(tensor.dtype)
         if dtype in dtypes:
             dtypes = dtypes - {dtype}
-            described.append(
-                describe(Value(dtype, tuple(tensor.shape), str(tensor.device), tensor, ""), naming, found)[0]
-            )
-    return described
+            value = Value(dtype, tuple(tensor.shape), str(tensor.device), tensor, "")
+            operands.append(operand_of(value, naming, found))
+    return operands
 
 
-def from_message(
-    match: Mapping[str, str | None], dtypes: Mapping[str, str | None], *, written: bool
-) -> list[dict[str, Any]]:
+def from_message(said: Mapping[str, str | None], dtypes: Mapping[str, str], *, written: bool) -> list[FailedOperand]:
     """The operands as far as the message alone tells. ``written``: it is of a write, whose target it names first."""
-    told = [(group, dtype) for group in "cab" if (dtype := dtypes.get(group)) is not None]
+    told = [(group, dtypes[group]) for group in "cab" if group in dtypes]
     names: tuple[str, ...] = (
         ("the target", "the source") if written else ("one operand", "another operand", "a third operand")
     )
     if len(told) == 1:
         names = ("the tensor",)
-    found = []
-    for (group, dtype), name in zip(told, names, strict=False):
-        role = match.get(f"role_{group}")
-        found.append({"name": role.lower() if role else name, "dtype": dtype, "shape": None})
-    return found
+    return [
+        FailedOperand((said.get(f"role_{group}") or name).lower(), dtype)
+        for (group, dtype), name in zip(told, names, strict=False)
+    ]

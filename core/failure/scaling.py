@@ -1,4 +1,4 @@
-"""What the frames of a gradient scaler know: the optimizer it was working on, and the state of its gradients."""
+"""Failures of a gradient scaler, by what its frames know: its optimizer, and the state of the gradients."""
 
 from __future__ import annotations
 
@@ -11,57 +11,66 @@ import torch
 from torch import nn
 
 from ampcheck.failure.code import function_at, read, site_in, tree_of
-from ampcheck.failure.frames import Place
-from ampcheck.observe.walk import dtype_name, tensor_names
+from ampcheck.failure.frames import Frame, Scene, still_running
+from ampcheck.observe.walk import tensor_names
 from ampcheck.source.lines import is_library
-from ampcheck.trace import Site
+from ampcheck.trace import (
+    Disorder,
+    LowPrecisionGradients,
+    MissingGradients,
+    ScalerArgument,
+    ScalerOrder,
+    Site,
+    WithoutGradient,
+)
 
-_LISTED = 20
+_DISORDERS: dict[str, Disorder] = {
+    "unscaled_twice": "unscaled-twice",
+    "unscaled_late": "unscaled-late",
+    "stepped_twice": "stepped-twice",
+    "never_scaled": "never-scaled",
+    "early_update": "early-update",
+}
 
 
-def optimizer_of(found: Sequence[Place]) -> torch.optim.Optimizer | None:
+def _optimizer_of(found: Sequence[Frame]) -> torch.optim.Optimizer | None:
     """The optimizer the innermost scaler frame was handed."""
-    for place in reversed(found):
-        if place.in_torch("amp/grad_scaler.py"):
-            optimizer = place.names.get("optimizer")
+    for frame in reversed(found):
+        if frame.in_torch("amp/grad_scaler.py"):
+            optimizer = frame.names.get("optimizer")
             # Hosts hand in wrappers of their own, which keep the groups of the optimizer inside.
             if hasattr(optimizer, "param_groups"):
                 return optimizer
     return None
 
 
-def low_precision_gradients(found: Sequence[Place], root: nn.Module | None, around: Sequence[Place]) -> dict[str, Any]:
-    """Every parameter of the optimizer whose gradient is float16: how many, which, and the line that made them so.
-    ``around`` are the places to look for it at: ``found``, and what called that and is still running."""
-    optimizer = optimizer_of(found)
+def low_precision_gradients(scene: Scene) -> LowPrecisionGradients:
+    """Every parameter of the optimizer whose gradient is float16, and the line that made them so."""
+    optimizer = _optimizer_of(scene.found)
     if optimizer is None:
-        return {}
-    named = _named(optimizer, root)
+        return LowPrecisionGradients()
+    named = _named(optimizer, scene.root)
     low = [(name, p) for name, p in named if p.grad is not None and p.grad.dtype is torch.float16]
-    return {
-        "optimizer": type(optimizer).__name__,
-        "optimized": len(named),
-        "count": len(low),
-        "parameters": [
-            {"name": name, "dtype": dtype_name(p.dtype), "shape": list(p.shape)} for name, p in low[:_LISTED]
-        ],
-        "names": [name for name, _ in low],
-        "cast": casting_site(around, root, [p for _, p in low]),
-    }
+    return LowPrecisionGradients(
+        optimizer=type(optimizer).__name__,
+        optimized=len(named),
+        parameters=tuple(name for name, _ in low),
+        cast=_casting_site((*still_running(scene.exc), *scene.found), scene.root, [p for _, p in low]),
+    )
 
 
-def casting_site(found: Sequence[Place], root: nn.Module | None, parameters: Sequence[torch.Tensor]) -> Site | None:
+def _casting_site(found: Sequence[Frame], root: nn.Module | None, parameters: Sequence[torch.Tensor]) -> Site | None:
     """The one call in the user's source that made a module with one of ``parameters`` float16: on the way to the
     running line of a function, else in the ``__init__`` of one of the model's modules. What stands under a condition
     counts where it holds, as far as that can be told. ``None`` where there is none, or several."""
     low = {id(parameter) for parameter in parameters}
-    places = [(function_at(place), place) for place in found if not place.library]
-    running = [([cast for cast in _casts(at, place) if cast.line < place.line], place) for at, place in places]
+    users = [(function_at(frame), frame) for frame in found if not frame.library]
+    running = [([cast for cast in _casts(at, frame) if cast.line < frame.line], frame) for at, frame in users]
     sites = _casting(running, low) or _casting(_methods(root), low)
     return sites.pop() if len(sites) == 1 else None
 
 
-def _methods(root: nn.Module | None) -> Iterator[tuple[list[_Cast], Place]]:
+def _methods(root: nn.Module | None) -> Iterator[tuple[list[_Cast], Frame]]:
     """The casts in the ``__init__`` of the user's classes, with every module of them."""
     of_kind: dict[type, list[_Cast]] = {}
     for module in root.modules() if root is not None else ():
@@ -71,19 +80,19 @@ def _methods(root: nn.Module | None) -> Iterator[tuple[list[_Cast], Place]]:
         if kind not in of_kind:
             of_kind[kind] = _casts(_init_of(file, kind.__name__)) if file and not is_library(file) else []
         if of_kind[kind]:
-            yield of_kind[kind], Place(file, 0, "", {"self": module}, vars(source))
+            yield of_kind[kind], Frame(file, 0, "", {"self": module}, vars(source))
 
 
-def _casting(scopes: Iterable[tuple[list[_Cast], Place]], low: set[int]) -> set[Site]:
+def _casting(scopes: Iterable[tuple[list[_Cast], Frame]], low: set[int]) -> set[Site]:
     sites: set[Site] = set()
-    for casts, place in scopes:
+    for casts, frame in scopes:
         for cast in casts:
-            targets = (read(target, place) for target in cast.targets)
+            targets = (read(target, frame) for target in cast.targets)
             module = next((one for one in targets if isinstance(one, nn.Module)), None)
             if module is None or low.isdisjoint(map(id, module.parameters())):
                 continue
-            if cast.dtypes is None or any(read(dtype, place) is torch.float16 for dtype in cast.dtypes):
-                sites.add(site_in(place.file, cast.line, "cast"))
+            if cast.dtypes is None or any(read(dtype, frame) is torch.float16 for dtype in cast.dtypes):
+                sites.add(site_in(frame.file, cast.line, "cast"))
     return sites
 
 
@@ -99,12 +108,12 @@ class _Cast(NamedTuple):
     dtypes: tuple[ast.expr, ...] | None
 
 
-def _casts(scope: ast.AST | None, place: Place | None = None) -> list[_Cast]:
+def _casts(scope: ast.AST | None, frame: Frame | None = None) -> list[_Cast]:
     found: list[_Cast] = []
     pending: list[ast.AST] = list(getattr(scope, "body", ()))
     while pending:
         node = pending.pop()
-        if isinstance(node, (ast.With, ast.For)) or (isinstance(node, ast.If) and _holds(node.test, place)):
+        if isinstance(node, (ast.With, ast.For)) or (isinstance(node, ast.If) and _holds(node.test, frame)):
             pending += node.body
         if not isinstance(node, (ast.Assign, ast.Expr)):
             continue
@@ -116,18 +125,18 @@ def _casts(scope: ast.AST | None, place: Place | None = None) -> list[_Cast]:
     return found
 
 
-def _holds(test: ast.expr, place: Place | None) -> bool:
+def _holds(test: ast.expr, frame: Frame | None) -> bool:
     """Whether a condition on plain values held when the frame was left."""
-    if place is None:
+    if frame is None:
         return False
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        value = read(test.operand, place)
+        value = read(test.operand, frame)
         return type(value) in _PLAIN and not value
     if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.Eq, ast.NotEq)):
-        one, other = read(test.left, place), read(test.comparators[0], place)
+        one, other = read(test.left, frame), read(test.comparators[0], frame)
         known = type(one) in _PLAIN and type(other) in _PLAIN
         return known and (one == other) is isinstance(test.ops[0], ast.Eq)
-    value = read(test, place)
+    value = read(test, frame)
     return type(value) in _PLAIN and bool(value)
 
 
@@ -138,15 +147,15 @@ def _init_of(file: str, name: str) -> ast.AST | None:
     return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
 
 
-def missing_gradients(found: Sequence[Place], root: nn.Module | None) -> dict[str, Any]:
+def missing_gradients(scene: Scene) -> MissingGradients:
     """The optimizer's parameters by why they have no gradient, and how many of the model's have one."""
-    optimizer = optimizer_of(found)
+    optimizer, root = _optimizer_of(scene.found), scene.root
     if optimizer is None:
-        return {}
+        return MissingGradients()
     named = _named(optimizer, root)
     held = {id(p) for _, p in named}
     own = {id(p) for p in root.parameters()} if root is not None else set()
-    groups: dict[str, list[str]] = {"frozen": [], "not-the-models": [], "no-gradient": []}
+    groups: dict[WithoutGradient, list[str]] = {"frozen": [], "not-the-models": [], "no-gradient": []}
     for name, parameter in named:
         if parameter.grad is not None:
             continue
@@ -156,35 +165,35 @@ def missing_gradients(found: Sequence[Place], root: nn.Module | None) -> dict[st
             groups["not-the-models"].append(name)
         else:
             groups["no-gradient"].append(name)
-    others = [
-        name
-        for name, p in (root.named_parameters() if root is not None else ())
-        if p.grad is not None and id(p) not in held
-    ]
-    return {
-        "optimizer": type(optimizer).__name__,
-        "optimized": len(named),
-        "without_gradient": {why: names for why, names in groups.items() if names},
-        "gradients_elsewhere": others,
-    }
+    others = [p for p in (root.parameters() if root is not None else ()) if p.grad is not None and id(p) not in held]
+    return MissingGradients(
+        optimizer=type(optimizer).__name__,
+        optimized=len(named),
+        without_gradient={why: tuple(names) for why, names in groups.items() if names},
+        gradients_elsewhere=len(others),
+    )
 
 
-def scaler_argument(found: Sequence[Place]) -> dict[str, Any]:
-    """The argument that a scaler was made with and should not have been: ``init_scale`` where a device was meant."""
-    for place in reversed(found):
-        scaler = place.receiver
-        if place.in_torch("amp/grad_scaler.py") and isinstance(scaler, torch.amp.GradScaler):
+def scaler_argument(scene: Scene) -> ScalerArgument:
+    """The argument that a scaler does not take, or its ``init_scale`` where a device was meant."""
+    unexpected = scene.said.get("unexpected")
+    if unexpected is not None:
+        return ScalerArgument("closure" if unexpected == "Closure" else unexpected)
+    for frame in reversed(scene.found):
+        scaler = frame.receiver
+        if frame.in_torch("amp/grad_scaler.py") and isinstance(scaler, torch.amp.GradScaler):
             kind = type(scaler)
             old = kind is not torch.amp.GradScaler and kind.__module__.startswith(("torch.cuda", "torch.cpu"))
             name = f"torch.{kind.__module__.split('.')[1]}.amp.GradScaler" if old else "torch.amp.GradScaler"
-            return {"scaler": name, "argument": "init_scale", "value": repr(scaler._init_scale)}
-    return {}
+            return ScalerArgument("init_scale", repr(scaler._init_scale), name)
+    return ScalerArgument("init_scale")
 
 
-def stage(found: Sequence[Place]) -> dict[str, Any]:
-    """Which optimizer the scaler was asked to work on."""
-    optimizer = optimizer_of(found)
-    return {"optimizer": type(optimizer).__name__} if optimizer is not None else {}
+def scaler_order(scene: Scene) -> ScalerOrder:
+    """Which calls came in the wrong order, and the optimizer that the scaler was asked to work on."""
+    optimizer = _optimizer_of(scene.found)
+    reason = next(_DISORDERS[group] for group, text in scene.said.items() if text)
+    return ScalerOrder(reason, type(optimizer).__name__ if optimizer is not None else None)
 
 
 def _named(optimizer: Any, root: nn.Module | None) -> list[tuple[str, torch.Tensor]]:

@@ -10,17 +10,17 @@ import types
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd import Function
 
 from ampcheck.failure.code import DEPRECATED, MISSING, definition_of, parents, read, site_in
-from ampcheck.failure.frames import Place
+from ampcheck.failure.frames import Frame
 from ampcheck.failure.operands import Naming, Operation
 from ampcheck.observe.walk import dtype_name
 from ampcheck.source.lines import decorator_site, is_library, is_torch
-from ampcheck.trace import Site
+from ampcheck.trace import CustomFunction, Site, SourceRegion
 
 # Context managers that leave autocast as it is.
 _PLAIN = (
@@ -38,67 +38,67 @@ _PLAIN = (
     open,
 )
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_METHODS: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 
 
-def autocast_regions(found: Sequence[Place]) -> tuple[list[dict[str, Any]], bool]:
-    """The autocast regions whose ``with`` block (or decorator) holds the crash, innermost first: ``device_type``,
-    ``enabled`` (``None``: the source does not tell) and ``site``. The flag says whether a context manager was among
-    them of which the source does not tell what it does."""
-    regions: list[dict[str, Any]] = []
+def autocast_regions(found: Sequence[Frame]) -> tuple[list[SourceRegion], bool]:
+    """The autocast regions whose ``with`` block (or decorator) holds the crash, innermost first. The flag says whether
+    a context manager was among them of which the source does not tell what it does."""
+    regions: list[SourceRegion] = []
     opaque = False
-    for place in reversed(found):
-        if place.in_torch("amp/autocast_mode.py"):
-            made = place.names.get("autocast_instance")
+    for frame in reversed(found):
+        if frame.in_torch("amp/autocast_mode.py"):
+            made = frame.names.get("autocast_instance")
             if isinstance(made, torch.autocast):
-                site = decorator_site(place.names.get("func")) or place.site("call")
+                site = decorator_site(frame.names.get("func")) or frame.site("call")
                 regions.append(_of_instance(made, site))
             continue
-        if is_torch(place.file):
+        if is_torch(frame.file):
             continue
-        for item, line in _items_around(place):
-            region = _region(item, place, line)
+        for item, line in _items_around(frame):
+            region = _region(item, frame, line)
             if region is None:
-                opaque = opaque or not _leaves_autocast_alone(item, place)
+                opaque = opaque or not _leaves_autocast_alone(item, frame)
             else:
                 regions.append(region)
     return regions, opaque
 
 
-def _items_around(place: Place) -> Iterator[tuple[ast.expr, int]]:
+def _items_around(frame: Frame) -> Iterator[tuple[ast.expr, int]]:
     """The context expressions of the ``with`` statements whose body holds the line, innermost first."""
-    above = parents(place.file)
+    above = parents(frame.file)
     holding = [
         node
         for node in above
         if isinstance(node, (ast.With, ast.AsyncWith))
-        and node.body[0].lineno <= place.line <= (node.end_lineno or 0)
-        and _same_function(node, place, above)
+        and node.body[0].lineno <= frame.line <= (node.end_lineno or 0)
+        and _same_function(node, frame, above)
     ]
     for node in sorted(holding, key=lambda node: -node.lineno):
         for item in reversed(node.items):
             yield item.context_expr, item.context_expr.lineno
 
 
-def _same_function(node: ast.AST, place: Place, above: dict[ast.AST, ast.AST]) -> bool:
-    """Whether ``node`` is a statement of the function that ``place`` is a frame of, rather than around it."""
-    name = place.function.rpartition(".")[2]
+def _same_function(node: ast.AST, frame: Frame, above: dict[ast.AST, ast.AST]) -> bool:
+    """Whether ``node`` is a statement of the function that ``frame`` runs, rather than around it."""
+    name = frame.function.rpartition(".")[2]
     holder = node
     while not isinstance(holder, (*_FUNCTIONS, ast.Module)) and holder in above:
         holder = above[holder]
     nested = any(
-        isinstance(one, _FUNCTIONS) and one.name == name and one.lineno <= place.line <= (one.end_lineno or 0)
+        isinstance(one, _FUNCTIONS) and one.name == name and one.lineno <= frame.line <= (one.end_lineno or 0)
         for one in ast.walk(node)
     )
     return getattr(holder, "name", "<module>") == name and not nested
 
 
-def _region(item: ast.expr, place: Place, line: int) -> dict[str, Any] | None:
-    site = site_in(place.file, line)
+def _region(item: ast.expr, frame: Frame, line: int) -> SourceRegion | None:
+    site = site_in(frame.file, line)
     if not isinstance(item, ast.Call):
-        made = read(item, place)
+        made = read(item, frame)
         return _of_instance(made, site) if isinstance(made, torch.autocast) else None
-    function: Any = read(item.func, place)
+    function: Any = read(item.func, frame)
     held: dict[str, Any] = {}
     positional: list[Any] = []
     while isinstance(function, functools.partial):
@@ -107,11 +107,11 @@ def _region(item: ast.expr, place: Place, line: int) -> dict[str, Any] | None:
     if not (isinstance(function, type) and issubclass(function, torch.autocast)):
         return None
     names = ["enabled", "dtype", "cache_enabled"] if function in DEPRECATED else ["device_type", "dtype", "enabled"]
-    values = dict(zip(names, [*positional, *(read(argument, place) for argument in item.args)], strict=False))
+    values = dict(zip(names, [*positional, *(read(argument, frame) for argument in item.args)], strict=False))
     values.update(held)
     complete = True
     for keyword in item.keywords:
-        value = read(keyword.value, place)
+        value = read(keyword.value, frame)
         if keyword.arg is not None:
             values[keyword.arg] = value
         elif isinstance(value, dict):
@@ -120,72 +120,70 @@ def _region(item: ast.expr, place: Place, line: int) -> dict[str, Any] | None:
             complete = False
     enabled = values.get("enabled", True if complete else MISSING)
     device = DEPRECATED.get(function, values.get("device_type", MISSING))
-    return {
-        "device_type": device.partition(":")[0] if isinstance(device, str) else None,
-        "enabled": bool(enabled) if enabled is not MISSING else None,
-        "site": site,
-    }
+    return SourceRegion(
+        device_type=device.partition(":")[0] if isinstance(device, str) else None,
+        enabled=bool(enabled) if enabled is not MISSING else None,
+        site=site,
+    )
 
 
-def _of_instance(made: torch.autocast, site: Site) -> dict[str, Any]:
-    return {"device_type": made.device.partition(":")[0], "enabled": made._enabled, "site": site}
+def _of_instance(made: torch.autocast, site: Site) -> SourceRegion:
+    return SourceRegion(made.device.partition(":")[0], made._enabled, site)
 
 
-def _leaves_autocast_alone(item: ast.expr, place: Place) -> bool:
-    made = read(item.func if isinstance(item, ast.Call) else item, place)
+def _leaves_autocast_alone(item: ast.expr, frame: Frame) -> bool:
+    made = read(item.func if isinstance(item, ast.Call) else item, frame)
     owner = made if callable(made) else type(made)
     module = getattr(owner, "__module__", "") or ""
     return any(owner is plain for plain in _PLAIN) or module.partition(".")[0] == "ampcheck"
 
 
-def custom_function(found: Sequence[Place], naming: Naming) -> dict[str, Any] | None:
-    """The innermost ``autograd.Function`` whose ``forward`` or ``backward`` the crash is in: ``name``, ``method``,
-    whether ``custom_fwd`` decorates it, its ``cast_inputs``, the ``site`` of the method, and the ``module`` whose
-    parameters or buffers it works on, if it is one."""
+def custom_function(found: Sequence[Frame], naming: Naming) -> CustomFunction | None:
+    """The innermost ``autograd.Function`` whose ``forward`` or ``backward`` the crash is in."""
     codes = {
         code: (function, method)
         for function in _functions(Function)
-        for method in ("forward", "backward")
+        for method in _METHODS
         if not is_torch(_source_of(function, method)) and (code := _code_of(function, method)) is not None
     }
     for index in range(len(found) - 1, -1, -1):
-        place = found[index]
-        held = next(((code, *codes[code]) for code in codes if _is_code(code, place)), None)
+        frame = found[index]
+        held = next(((code, *codes[code]) for code in codes if _is_code(code, frame)), None)
         if held is None:
             continue
         code, function, method = held
         # Classes may share a method's code; the context knows which of them was applied.
-        function = getattr(place.names.get(code.co_varnames[0]), "_forward_cls", function)
+        function = getattr(frame.names.get(code.co_varnames[0]), "_forward_cls", function)
         decorated = index > 0 and found[index - 1].in_torch("amp/autocast_mode.py")
         cast = found[index - 1].names.get("cast_inputs") if decorated else None
-        tensors = [value for value in place.names.values() if isinstance(value, torch.Tensor)]
+        tensors = [value for value in frame.names.values() if isinstance(value, torch.Tensor)]
         owners = {name.rpartition(".")[0] for tensor in tensors if (name := naming.owned(tensor)) is not None}
-        return {
-            "name": function.__name__,
-            "method": method,
-            "custom_fwd": _is_decorated(function, "forward"),
-            "custom_bwd": _is_decorated(function, "backward"),
-            "cast_inputs": dtype_name(cast) if isinstance(cast, torch.dtype) else None,
-            "device_types": sorted({tensor.device.type for tensor in tensors}),
-            "site": _defined(code),
-            "module": owners.pop() if len(owners) == 1 else None,
-        }
+        return CustomFunction(
+            name=function.__name__,
+            method=method,
+            site=_defined(code),
+            custom_fwd=_is_decorated(function, "forward"),
+            custom_bwd=_is_decorated(function, "backward"),
+            cast_inputs=dtype_name(cast) if isinstance(cast, torch.dtype) else None,
+            device_types=tuple(sorted({tensor.device.type for tensor in tensors})),
+            module=owners.pop() if len(owners) == 1 else None,
+        )
     return None
 
 
-def function_of_node(node: str) -> dict[str, Any]:
+def function_of_node(node: str) -> CustomFunction:
     """The ``autograd.Function`` whose backward node is called ``<node>Backward``."""
     for function in _functions(Function):
         code = _code_of(function, "forward")
         if function.__name__ == node and code is not None and not is_torch(code.co_filename):
-            return {
-                "name": node,
-                "custom_fwd": _is_decorated(function, "forward"),
-                "custom_bwd": _is_decorated(function, "backward"),
-                "setup_context": "setup_context" in vars(function),
-                "site": _defined(code),
-            }
-    return {"name": node}
+            return CustomFunction(
+                name=node,
+                site=_defined(code),
+                custom_fwd=_is_decorated(function, "forward"),
+                custom_bwd=_is_decorated(function, "backward"),
+                setup_context="setup_context" in vars(function),
+            )
+    return CustomFunction(node)
 
 
 def _functions(base: type) -> Iterator[type]:
@@ -213,11 +211,11 @@ def _source_of(function: type, method: str) -> str:
     return code.co_filename if code is not None else ""
 
 
-def _is_code(code: types.CodeType, place: Place) -> bool:
-    if code.co_filename != place.file or code.co_name != place.function.rpartition(".")[2]:
+def _is_code(code: types.CodeType, frame: Frame) -> bool:
+    if code.co_filename != frame.file or code.co_name != frame.function.rpartition(".")[2]:
         return False
     lines = [line for _, _, line in code.co_lines() if line is not None]
-    return code.co_firstlineno <= place.line <= max(lines, default=0)
+    return code.co_firstlineno <= frame.line <= max(lines, default=0)
 
 
 def _is_decorated(function: type, method: str) -> bool:
@@ -227,7 +225,7 @@ def _is_decorated(function: type, method: str) -> bool:
     return hasattr(inner, "__wrapped__") and code is not None and code.co_filename.endswith("autocast_mode.py")
 
 
-def crossed_thread(found: Sequence[Place]) -> int | None:
+def crossed_thread(found: Sequence[Frame]) -> int | None:
     """The index of the last frame with which a thread began, or ``None``."""
     for index in range(len(found) - 1, -1, -1):
         name = PurePath(found[index].file).as_posix()
@@ -236,42 +234,49 @@ def crossed_thread(found: Sequence[Place]) -> int | None:
     return None
 
 
-def operator(operation: Operation | None, found: Sequence[Place]) -> dict[str, Any]:
-    """The op that failed: ``op`` (``aten::conv2d``), ``custom`` (not PyTorch's own), ``autocast_rule`` (whether the
-    dispatcher has one for the operands' device; ``None``: not to be told), ``in_place``, ``out``."""
+class Operator(NamedTuple):
+    """An op as the dispatcher knows it: its name (``aten::conv2d``), whether it is not PyTorch's own, whether autocast
+    has a rule for it on the operands' device (``None``: not to be told), and where it writes to."""
+
+    op: str | None = None
+    custom: bool = False
+    autocast_rule: bool | None = None
+    in_place: bool = False
+    out: bool = False
+
+
+def operator(operation: Operation | None, found: Sequence[Frame]) -> Operator:
+    """The op that failed."""
     device = next((value.device.partition(":")[0] for value in operation.values), "") if operation else ""
     key = _AUTOCAST_KEYS.get(device)
-    for place in reversed(found):
-        if isinstance(place.receiver, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return _described(_packet(place.receiver), key)
+    for frame in reversed(found):
+        if isinstance(frame.receiver, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return _looked_up(_packet(frame.receiver), key)
     if operation is None:
-        return {}
-    node, place = operation.node, operation.place
+        return Operator()
+    node, frame = operation.node, operation.frame
     if isinstance(node, ast.BinOp):
-        return _described(f"aten::{_operator_name(node.op)}", key)
+        return _looked_up(f"aten::{_operator_name(node.op)}", key)
     if isinstance(node, ast.AugAssign):
-        return _described(f"aten::{_operator_name(node.op)}_", key) | {"in_place": True}
+        return _looked_up(f"aten::{_operator_name(node.op)}_", key)
     if not isinstance(node, ast.Call):
-        return {"op": "aten::index_put_", "custom": False, "autocast_rule": False, "in_place": True}
-    function = read(node.func, place)
+        return Operator("aten::index_put_", autocast_rule=False, in_place=True)
+    function = read(node.func, frame)
     name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(function, "__name__", "")
-    facts: dict[str, Any] = {}
-    if any(keyword.arg == "out" for keyword in node.keywords):
-        facts["out"] = True
+    out = any(keyword.arg == "out" for keyword in node.keywords)
     if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return facts | _described(_packet(function), key)
+        return _looked_up(_packet(function), key, out=out)
     if isinstance(function, types.BuiltinFunctionType) and not _is_torchs(function):
-        name = f"{function.__module__}.{function.__name__}"
-        return facts | {"op": name, "custom": True, "autocast_rule": False, "in_place": False}
+        return Operator(f"{function.__module__}.{function.__name__}", custom=True, autocast_rule=False, out=out)
     if isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "_VF":
-        return facts | _described(f"aten::{name}", key)
+        return _looked_up(f"aten::{name}", key, out=out)
     receiver = isinstance(node.func, ast.Attribute) and (
         any(value.role == "self" for value in operation.values)
         or (function is MISSING and isinstance(node.func.value, ast.Call) and hasattr(torch.Tensor, name))
     )
     if receiver or isinstance(function, types.BuiltinFunctionType):
-        return facts | _described(f"aten::{name}", key)
-    return facts
+        return _looked_up(f"aten::{name}", key, out=out)
+    return Operator(out=out)
 
 
 def _operator_name(operator: ast.operator) -> str:
@@ -288,14 +293,15 @@ def _packet(op: Any) -> str:
     return str(op._qualified_op_name if isinstance(op, torch._ops.OpOverloadPacket) else op._name.partition(".")[0])
 
 
-def _described(qualified: str, key: str | None) -> dict[str, Any]:
+def _looked_up(qualified: str, key: str | None, *, out: bool = False) -> Operator:
     namespace, _, name = qualified.partition("::")
-    return {
-        "op": qualified,
-        "custom": namespace not in ("aten", "prims", "prim"),
-        "autocast_rule": _has_rule(namespace, name, key),
-        "in_place": name.endswith("_") and not name.endswith("__"),
-    }
+    return Operator(
+        op=qualified,
+        custom=namespace not in ("aten", "prims", "prim"),
+        autocast_rule=_has_rule(namespace, name, key),
+        in_place=name.endswith("_") and not name.endswith("__"),
+        out=out,
+    )
 
 
 def _has_rule(namespace: str, name: str, key: str | None) -> bool | None:

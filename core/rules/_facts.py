@@ -5,8 +5,6 @@ from collections import Counter
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.trace import AutocastRegion, ModelInfo, StepTrace, TensorInfo, Trace
 
-FLOATING = LOW_PRECISION | {"float32", "float64"}
-
 
 def trainable(model: ModelInfo) -> list[TensorInfo]:
     return [tensor for tensor in model.parameters if tensor.requires_grad]

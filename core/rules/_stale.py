@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from ampcheck.rules._words import be, count, place, places, some
-from ampcheck.trace import Failure, Site, StaleTensor, Trace, Write
+from ampcheck.trace import SavedTensorModified, Site, StaleTensor, Trace, Write
 
 Cause = Literal["write", "optimizer", "buffer"]
 
-MODIFIED = "saved-tensor-modified"
 _AUGMENTED = re.compile(r"^([\w.]+(?:\[.*?\])?)\s*(\+|-|\*|/|//|%|\*\*|@|&|\||\^)=\s*(.+)$")
 _INDEXED = re.compile(r"^([\w.]+)\[.*?\]\s*(?:[-+*/%@&|^]|\*\*|//)?=(?!=)")
 _COMMENT = re.compile(r"\s+#[^'\"]*$")
@@ -18,14 +17,10 @@ _NO_TWIN = re.compile("bernoulli|cauchy|copy|exponential|fill|geometric|log_norm
 _METHOD = re.compile(r"\.(\w*[a-z\d])_\(")
 
 
-def crash(trace: Trace) -> Failure | None:
-    """The failure, where PyTorch found a saved tensor modified."""
-    return trace.failure if trace.failure is not None and trace.failure.kind == MODIFIED else None
-
-
 def found_by_pytorch(trace: Trace) -> tuple[StaleTensor, ...]:
     """The stale tensors behind the failure, the one it was raised for first."""
-    if crash(trace) is None or trace.graph is None:
+    found = trace.failure is not None and isinstance(trace.failure.facts, SavedTensorModified)
+    if not found or trace.graph is None:
         return ()
     return tuple(stale for stale in trace.graph.stale if stale.silent is None)
 
@@ -129,11 +124,6 @@ def module_of(stale: StaleTensor) -> str | None:
 def written(write: Write) -> str:
     """``by mul_ at model.py:41``."""
     return f"by {plain_op(write.op)}{place(write.site)}"
-
-
-def sentence(text: str) -> str:
-    """With a capital, but for a name that has none."""
-    return text[:1].upper() + text[1:]
 
 
 def as_write(site: Site) -> Site:

@@ -11,6 +11,16 @@ def count(number: int, noun: str) -> str:
     return f"{number} {head}{'' if number == 1 else 's'}" + (f" of {rest}" if rest else "")
 
 
+def sentence(text: str) -> str:
+    """With a capital, but for a name that has none."""
+    return text[:1].upper() + text[1:]
+
+
+def attribute(name: str) -> str:
+    """``self.weight`` of ``stem.conv.weight``."""
+    return f"self.{name.rpartition('.')[2]}"
+
+
 def be(number: int) -> str:
     return "is" if number == 1 else "are"
 

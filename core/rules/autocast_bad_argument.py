@@ -1,8 +1,9 @@
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from ampcheck.rules._words import places
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import AutocastCall, Trace
 
 
 @rule(
@@ -42,43 +43,63 @@ def autocast_bad_argument(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/amp.html#torch.autocast
     """
     failure = trace.failure
-    if failure is None or failure.kind != "autocast-bad-argument":
+    if failure is None or not isinstance(failure.facts, AutocastCall):
         return
-    facts = failure.fields
-    sites = tuple(facts[role] for role in ("site", "kwargs_site") if role in facts) or failure.sites[:1]
-    data = {name: value for name, value in facts.items() if name not in ("site", "kwargs_site", "module_type")}
-    yield Evidence(_message(facts), module=failure.module, sites=sites, data=data, fix=_fix(facts))
+    call = failure.facts
+    yield Evidence(
+        _message(call),
+        module=failure.module,
+        sites=places((call.site, call.kwargs_site)) or failure.sites[:1],
+        data=_data(call),
+        fix=_fix(call),
+    )
 
 
-def _message(facts: Mapping[str, Any]) -> str:
-    call = f"`{facts['call']}`" if "call" in facts else "A call of `autocast`"
-    name = facts.get("deprecated", "autocast")
-    value = f" ({facts['value']})" if "value" in facts else ""
-    origin = f", which came out of `{facts['kwargs_variable']}`" if "kwargs_variable" in facts else ""
-    reason = facts["reason"]
-    if reason == "device-keyword":
+def _data(call: AutocastCall) -> dict[str, Any]:
+    known = {
+        "reason": call.reason,
+        "argument": call.argument,
+        "allowed": list(call.allowed) if call.allowed is not None else None,
+        "type": call.type,
+        "device": call.device,
+        "call": call.call,
+        "deprecated": call.deprecated,
+        "kwargs_variable": call.kwargs_variable,
+        "value": call.value,
+        "replaces": call.replaces,
+        "corrected": call.corrected,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _message(made: AutocastCall) -> str:
+    call = f"`{made.call}`" if made.call is not None else "A call of `autocast`"
+    name = made.deprecated or "autocast"
+    value = f" ({made.value})" if made.value is not None else ""
+    origin = f", which came out of `{made.kwargs_variable}`" if made.kwargs_variable is not None else ""
+    if made.reason == "device-keyword":
         return f"{call} passes `device`{value}{origin}; the argument of `{name}` is called `device_type`."
-    if reason == "device-type-keyword":
+    if made.reason == "device-type-keyword":
         return f"{call} passes `device_type`{value}{origin}; `{name}` does not take it."
-    if reason == "unexpected-keyword":
-        allowed = ", ".join(f"`{one}`" for one in facts["allowed"])
-        return f"{call} passes `{facts['argument']}`{value}{origin}, which `{name}` does not take; it takes {allowed}."
-    if reason == "no-device-type":
-        origin = f": `{facts['kwargs_variable']}` holds none" if "kwargs_variable" in facts else ""
+    if made.reason == "unexpected-keyword":
+        allowed = ", ".join(f"`{one}`" for one in made.allowed or ())
+        return f"{call} passes `{made.argument}`{value}{origin}, which `{name}` does not take; it takes {allowed}."
+    if made.reason == "no-device-type":
+        origin = f": `{made.kwargs_variable}` holds none" if made.kwargs_variable is not None else ""
         return f"{call} passes no `device_type`{origin}, and `{name}` has no default for it."
-    if reason == "device-not-a-string":
-        return f"{call} passes a `{facts['type']}` as `device_type`{value}{origin}, which must be a string."
-    if reason == "dtype-not-a-dtype":
-        return f"{call} passes a `{facts['type']}` as `dtype`{value}{origin}, which must be a `torch.dtype`."
-    if reason == "unknown-device":
-        given = f"`{facts['device']}`" if "device" in facts else facts.get("value", "what it was given")
+    if made.reason == "device-not-a-string":
+        return f"{call} passes a `{made.type}` as `device_type`{value}{origin}, which must be a string."
+    if made.reason == "dtype-not-a-dtype":
+        return f"{call} passes a `{made.type}` as `dtype`{value}{origin}, which must be a `torch.dtype`."
+    if made.reason == "unknown-device":
+        given = f"`{made.device}`" if made.device is not None else made.value or "what it was given"
         return f"{call} asks for the device type {given}{origin}, which autocast does not know."
     return f"{call} passes arguments that `{name}` does not take."
 
 
-def _fix(facts: Mapping[str, Any]) -> str:
-    corrected = f"`{facts['corrected']}`"
-    if facts["replaces"] == "kwargs":
-        where = f" in `{facts['kwargs_variable']}`" if facts["corrected"].startswith("return ") else ""
+def _fix(call: AutocastCall) -> str:
+    corrected = f"`{call.corrected}`"
+    if call.replaces == "kwargs":
+        where = f" in `{call.kwargs_variable}`" if call.corrected.startswith("return ") else ""
         return f"Write {corrected}{where}."
     return f"Write {corrected}."

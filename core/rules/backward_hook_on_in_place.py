@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from ampcheck.rules._stale import as_write
 from ampcheck.rules._words import place, some
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import BackwardHookView, Trace
 
 
 @rule(
@@ -39,7 +39,7 @@ def backward_hook_on_in_place(trace: Trace) -> Iterator[Evidence]:
         - https://github.com/pytorch/pytorch/issues/61519
     """
     failure = trace.failure
-    if failure is None or failure.kind != "backward-hook-view":
+    if failure is None or not isinstance(failure.facts, BackwardHookView):
         return
     site = as_write(failure.sites[0]) if failure.sites else None
     hooked = trace.graph.hooked if trace.graph is not None else ()

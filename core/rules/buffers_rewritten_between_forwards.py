@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._stale import cause, data_of, found_by_pytorch, passed_by_pytorch, plain_op, sentence, sites_of
-from ampcheck.rules._words import place
+from ampcheck.rules._stale import cause, data_of, found_by_pytorch, passed_by_pytorch, plain_op, sites_of
+from ampcheck.rules._words import place, sentence
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import StaleTensor, Trace
 

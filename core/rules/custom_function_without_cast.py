@@ -1,14 +1,17 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._crash import crash_message, data_of, function_fix, sites_of
+from ampcheck.rules._operation import crash_message, data_of, function_fix, no_kernel, sites_of
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
-
-_CRASHES = {
-    "dtype-mismatch": "operands of different dtypes met",
-    "in-place-dtype": "the target and the source of a write differ in dtype",
-    "op-not-implemented": "{op} has no kernel for {dtype}",
-}
+from ampcheck.trace import (
+    CustomFunction,
+    CustomFunctionState,
+    DtypeMismatch,
+    FailedOperation,
+    Failure,
+    InPlaceDtype,
+    OpNotImplemented,
+    Trace,
+)
 
 
 @rule(
@@ -64,29 +67,49 @@ def custom_function_without_cast(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/notes/amp_examples.html#autocast-and-custom-autograd-functions
     """
     failure = trace.failure
-    function = failure.fields.get("function") if failure is not None else None
-    if failure is None or function is None:
+    if failure is None:
         return
-    devices = function.get("device_types") or [trace.model.device_type if trace.model else "cuda"]
-    if failure.kind == "custom-function-state":
-        lacks = "no `custom_fwd`"
-        if function.get("setup_context"):
-            lacks = "`setup_context`, whose `ctx` `custom_fwd` never sees"
-        message = f"`{function['name']}.backward` is decorated with `custom_bwd`, but its forward has {lacks}."
-    elif failure.kind in _CRASHES and function["cast_inputs"] is None:
-        bare = "has a bare `custom_fwd`, which casts nothing" if function["custom_fwd"] else "has no `custom_fwd`"
-        if function["method"] == "backward":
-            bare = "leaves autocast off in its backward, where it was on in its forward"
-        dtype = next(iter(failure.fields.get("dtypes", ())), "low precision")
-        what = _CRASHES[failure.kind].format(op=failure.fields.get("op", "an operation"), dtype=dtype)
-        message = f"{crash_message(failure, what)} The custom function `{function['name']}` {bare}."
-    else:
-        return
-    yield Evidence(
+    facts = failure.facts
+    if isinstance(facts, CustomFunctionState):
+        yield _evidence(
+            trace, failure, FailedOperation(function=facts.function), facts.function, _state(facts.function)
+        )
+    elif isinstance(facts, (DtypeMismatch, InPlaceDtype, OpNotImplemented)):
+        operation, function = facts.operation, facts.operation.function
+        if function is not None and function.cast_inputs is None:
+            message = f"{crash_message(failure, operation, _what(facts))} {_lacks(function)}"
+            yield _evidence(trace, failure, operation, function, message)
+
+
+def _evidence(
+    trace: Trace, failure: Failure, operation: FailedOperation, function: CustomFunction, message: str
+) -> Evidence:
+    devices = function.device_types or (trace.model.device_type if trace.model else "cuda",)
+    return Evidence(
         message,
         module=failure.module,
-        sites=sites_of(failure, function.get("site")),
-        data={**data_of(failure), "function": function["name"], "reason": "custom-function"},
+        sites=sites_of(failure, operation, function.site),
+        data=data_of(operation, "custom-function"),
         severity=Severity.ERROR,
         fix=function_fix(function, devices[0]),
     )
+
+
+def _state(function: CustomFunction) -> str:
+    lacks = "`setup_context`, whose `ctx` `custom_fwd` never sees" if function.setup_context else "no `custom_fwd`"
+    return f"`{function.name}.backward` is decorated with `custom_bwd`, but its forward has {lacks}."
+
+
+def _what(facts: DtypeMismatch | InPlaceDtype | OpNotImplemented) -> str:
+    if isinstance(facts, OpNotImplemented):
+        return no_kernel(facts.operation)
+    if isinstance(facts, InPlaceDtype):
+        return "the target and the source of a write differ in dtype"
+    return "operands of different dtypes met"
+
+
+def _lacks(function: CustomFunction) -> str:
+    bare = "has a bare `custom_fwd`, which casts nothing" if function.custom_fwd else "has no `custom_fwd`"
+    if function.method == "backward":
+        bare = "leaves autocast off in its backward, where it was on in its forward"
+    return f"The custom function `{function.name}` {bare}."

@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._facts import FLOATING
+from ampcheck.precision import FLOATING
 from ampcheck.rules._words import be, count, some
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import ModelInfo, ModuleCall, Trace

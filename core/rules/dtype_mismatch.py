@@ -1,8 +1,9 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._crash import cast_fix, crash_message, data_of, sites_of, told_by, why_autocast_did_not_act
+from ampcheck.rules._operation import cast_fix, crash_message, data_of, sites_of, told_by
+from ampcheck.rules._reason import why_autocast_did_not_act
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import DtypeMismatch, Trace
 
 
 @rule(
@@ -46,17 +47,17 @@ def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/amp.html#autocast-op-reference
     """
     failure = trace.failure
-    if failure is None or failure.kind != "dtype-mismatch":
+    if failure is None or not isinstance(failure.facts, DtypeMismatch):
         return
-    why = why_autocast_did_not_act(trace, failure)
-    what = (
-        "autocast met its other low precision" if failure.fields.get("promotes") else "operands of different dtypes met"
-    )
-    message = crash_message(failure, what)
+    operation = failure.facts.operation
+    why = why_autocast_did_not_act(trace, failure, failure.facts)
+    what = "autocast met its other low precision" if failure.facts.promotes else "operands of different dtypes met"
+    message = crash_message(failure, operation, what)
     yield Evidence(
         f"{message[:-1]}. Autocast did not unify them: {why.words}.",
         module=failure.module,
-        sites=sites_of(failure, why.site),
-        data={**data_of(failure, why), **told_by(failure)},
-        fix=cast_fix(failure, why),
+        sites=sites_of(failure, operation, why.site),
+        data=data_of(operation, why.reason),
+        fix=cast_fix(operation, why),
+        told_by=told_by(operation),
     )

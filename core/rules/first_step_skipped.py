@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 from ampcheck.rules._words import place, places
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import ScalerCall, Trace
+from ampcheck.trace import FirstStepSkipped, ScalerCall, Trace
 
 
 @rule(
@@ -43,7 +43,7 @@ def first_step_skipped(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/amp.html#gradient-scaling
     """
     failure, skipped = trace.failure, _skipped(trace)
-    if failure is not None and failure.kind == "first-step-skipped":
+    if failure is not None and isinstance(failure.facts, FirstStepSkipped):
         seen = "whether the scaler skipped it was not seen"
         if skipped is not None:
             seen = f"the scaler skipped it{place(skipped.site)}"

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import FusedOptimizerClipping, Trace
 
 
 @rule(
@@ -34,7 +34,7 @@ def fused_optimizer_clipping(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/generated/torch.optim.AdamW.html
     """
     failure = trace.failure
-    if failure is None or failure.kind != "fused-optimizer-clipping":
+    if failure is None or not isinstance(failure.facts, FusedOptimizerClipping):
         return
     names = ", ".join(dict.fromkeys(optimizer.type for optimizer in trace.optimizers)) or "The optimizer"
     yield Evidence(

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from ampcheck.rules._stale import plain_op
 from ampcheck.rules._words import place, places
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Failure, Trace
+from ampcheck.trace import Failure, GraphFreed, NoGraph, Trace
 
 
 @rule(
@@ -38,9 +38,9 @@ def graph_freed_or_detached(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/notes/autograd.html#saved-tensors
     """
     failure = trace.failure
-    if failure is not None and failure.kind == "graph-freed":
+    if failure is not None and isinstance(failure.facts, GraphFreed):
         yield _freed(trace, failure)
-    elif failure is not None and failure.kind == "no-graph":
+    elif failure is not None and isinstance(failure.facts, NoGraph):
         yield _detached(trace, failure)
 
 

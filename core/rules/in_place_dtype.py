@@ -1,8 +1,9 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._crash import crash_message, data_of, sites_of, told_by
+from ampcheck.precision import FLOATING
+from ampcheck.rules._operation import crash_message, data_of, sites_of, told_by
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Failure, Trace
+from ampcheck.trace import FailedOperation, InPlaceDtype, Trace
 
 
 @rule(
@@ -37,26 +38,28 @@ def in_place_dtype(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/amp.html#autocast-op-reference
     """
     failure = trace.failure
-    if failure is None or failure.kind != "in-place-dtype":
+    if failure is None or not isinstance(failure.facts, InPlaceDtype):
         return
+    operation = failure.facts.operation
     yield Evidence(
-        crash_message(failure, "the target and the source of a write differ in dtype"),
+        crash_message(failure, operation, "the target and the source of a write differ in dtype"),
         module=failure.module,
-        sites=sites_of(failure),
-        data={**data_of(failure), "reason": "in-place-or-out", **told_by(failure)},
-        fix=_fix(failure),
+        sites=sites_of(failure, operation),
+        data=data_of(operation, "in-place-or-out"),
+        fix=_fix(operation),
+        told_by=told_by(operation),
     )
 
 
-def _fix(failure: Failure) -> str | None:
-    operands = failure.fields["operands"]
-    if len({operand["dtype"] for operand in operands}) < 2 or not all("device" in operand for operand in operands):
+def _fix(operation: FailedOperation) -> str | None:
+    operands = operation.operands
+    if len({operand.dtype for operand in operands}) < 2 or any(operand.device is None for operand in operands):
         return None
     target = operands[0]
-    sources = [operand for operand in operands[1:] if operand["dtype"] != target["dtype"]]
-    if target["dtype"] not in ("float16", "bfloat16", "float32", "float64"):
-        return f"Make {target['name']} a floating tensor, or do without the in-place write."
-    source = sources[0]["name"]
+    source = next(operand for operand in operands if operand.dtype != target.dtype)
+    if target.dtype not in FLOATING:
+        return f"Make {target.name} a floating tensor, or do without the in-place write."
     return (
-        f"Cast the source, `{source}.to({target['name']}.dtype)`, or make {target['name']} with `dtype={source}.dtype`."
+        f"Cast the source, `{source.name}.to({target.name}.dtype)`, or make {target.name} with "
+        f"`dtype={source.name}.dtype`."
     )

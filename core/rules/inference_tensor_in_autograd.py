@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 from ampcheck.rules._words import place, places
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import InferenceTensor, Trace
 
 _SAID = {
     "saved": "Autograd needs to save a tensor that was made under `inference_mode`",
@@ -47,13 +47,12 @@ def inference_tensor_in_autograd(trace: Trace) -> Iterator[Evidence]:
         - https://github.com/facebookresearch/dinov2/issues/472
     """
     failure = trace.failure
-    if failure is None or failure.kind != "inference-tensor":
+    if failure is None or not isinstance(failure.facts, InferenceTensor):
         return
     made = trace.graph.inference[-1] if trace.graph is not None and trace.graph.inference else None
     used = failure.sites[0] if failure.sites else None
-    said = next((text for name, text in _SAID.items() if failure.fields.get(name)), _SAID["saved"])
     yield Evidence(
-        f"{said}{place(used)}{f'; it was made{place(made)}' if made else ''}.",
+        f"{_SAID[failure.facts.use]}{place(used)}{f'; it was made{place(made)}' if made else ''}.",
         module=failure.module,
         sites=places((used, made)),
     )

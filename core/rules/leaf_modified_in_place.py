@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from ampcheck.rules._stale import as_write, statement
 from ampcheck.rules._words import place
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import LeafModified, Trace
 
 
 @rule(
@@ -39,7 +39,7 @@ def leaf_modified_in_place(trace: Trace) -> Iterator[Evidence]:
         - https://github.com/pytorch/examples/pull/779
     """
     failure = trace.failure
-    if failure is None or failure.kind != "leaf-modified":
+    if failure is None or not isinstance(failure.facts, LeafModified):
         return
     site = as_write(failure.sites[0]) if failure.sites else None
     line = f" by `{statement(site)}`{place(site)}" if site and site.code else ""
@@ -47,5 +47,4 @@ def leaf_modified_in_place(trace: Trace) -> Iterator[Evidence]:
         f"A leaf tensor that requires grad was written to in place{line}.",
         module=failure.module,
         sites=(site,) if site else (),
-        data={name: failure.fields[name] for name in ("op", "expression") if failure.fields.get(name) is not None},
     )

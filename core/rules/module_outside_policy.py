@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
-from ampcheck.precision import LOW_PRECISION
-from ampcheck.rules._facts import FLOATING, in_force
+from ampcheck.precision import FLOATING, LOW_PRECISION
+from ampcheck.rules._facts import in_force
 from ampcheck.rules._words import count, some
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import ModuleCall, Policy, Trace

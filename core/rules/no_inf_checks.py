@@ -1,10 +1,10 @@
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from ampcheck.rules._words import count, some
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import MissingGradients, Trace, WithoutGradient
 
-_WHY = {
+_WHY: dict[WithoutGradient, str] = {
     "frozen": "{are} frozen (`requires_grad` is false)",
     "not-the-models": "{are} not the model's: the optimizer was made before the model was moved, wrapped or rebuilt",
     "no-gradient": "got no gradient: the loss does not depend on {them}, or was detached",
@@ -53,42 +53,41 @@ def no_inf_checks(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/amp.html#gradient-scaling
     """
     failure = trace.failure
-    if failure is None or failure.kind != "no-inf-checks":
+    if failure is None or not isinstance(failure.facts, MissingGradients):
         return
-    facts = failure.fields
-    without: Mapping[str, Sequence[str]] = facts.get("without_gradient", {})
+    facts = failure.facts
+    without, elsewhere = facts.without_gradient, facts.gradients_elsewhere
     if not without:
         yield Evidence("No parameter of the optimizer has a gradient.", sites=failure.sites[:1])
         return
-    elsewhere = facts["gradients_elsewhere"]
     parts = [_part(why, names) for why, names in without.items()]
     tail = (
-        f" {count(len(elsewhere), 'parameter')} of the model that the optimizer does not hold got gradients."
+        f" {count(elsewhere, 'parameter')} of the model that the optimizer does not hold got gradients."
         if elsewhere
         else ""
     )
     reason = next(iter(without)) if len(without) == 1 else "several"
     yield Evidence(
-        f"None of the {facts['optimized']} parameters that {facts['optimizer']} holds has a gradient: "
+        f"None of the {facts.optimized} parameters that {facts.optimizer} holds has a gradient: "
         f"{'; '.join(parts)}.{tail}",
         sites=failure.sites[:1],
         data={
             "reason": reason,
-            "optimized": facts["optimized"],
+            "optimized": facts.optimized,
             "without_gradient": {why: list(names) for why, names in without.items()},
-            "gradients_elsewhere": len(elsewhere),
+            "gradients_elsewhere": elsewhere,
         },
-        fix=_fix(reason, bool(elsewhere)),
+        fix=_fix(reason, elsewhere=elsewhere > 0),
     )
 
 
-def _part(why: str, names: Sequence[str]) -> str:
+def _part(why: WithoutGradient, names: Sequence[str]) -> str:
     one = len(names) == 1
     words = _WHY[why].format(are="is" if one else "are", them="it" if one else "them")
     return f"{some(names) if '[' not in names[0] else len(names)} {words}"
 
 
-def _fix(reason: str, elsewhere: bool) -> str | None:
+def _fix(reason: str, *, elsewhere: bool) -> str | None:
     if reason == "not-the-models":
         return "Make the optimizer of `model.parameters()` after the model was moved, wrapped or rebuilt."
     if reason == "frozen":

@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._crash import crash_message, data_of, sites_of
+from ampcheck.rules._operation import crash_message, data_of, sites_of
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import NoNumpyDtype, Trace
 
 
 @rule(
@@ -34,13 +34,14 @@ def no_numpy_dtype(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/generated/torch.Tensor.numpy.html
     """
     failure = trace.failure
-    if failure is None or failure.kind != "no-numpy-dtype":
+    if failure is None or not isinstance(failure.facts, NoNumpyDtype):
         return
-    names = [operand["name"] for operand in failure.fields["operands"] if operand.get("device")]
+    operation = failure.facts.operation
+    names = [operand.name for operand in operation.operands if operand.device]
     yield Evidence(
-        crash_message(failure, "a bfloat16 tensor was handed to NumPy"),
+        crash_message(failure, operation, "a bfloat16 tensor was handed to NumPy"),
         module=failure.module,
-        sites=sites_of(failure),
-        data=data_of(failure),
+        sites=sites_of(failure, operation),
+        data=data_of(operation),
         fix=f"Cast before the hand-over: `{names[0]}.float().numpy()`." if len(names) == 1 else None,
     )

@@ -1,9 +1,9 @@
 from collections.abc import Iterator
 
 from ampcheck.precision import LOW_PRECISION
-from ampcheck.rules._crash import crash_message, data_of, function_fix, sites_of, told_by
+from ampcheck.rules._operation import crash_message, data_of, function_fix, no_kernel, sites_of, told_by
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Failure, Trace
+from ampcheck.trace import FailedOperation, OpNotImplemented, Trace
 
 
 @rule(
@@ -36,28 +36,28 @@ def op_not_implemented(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/amp.html#autocast-op-reference
     """
     failure = trace.failure
-    if failure is None or failure.kind != "op-not-implemented":
+    if failure is None or not isinstance(failure.facts, OpNotImplemented):
         return
-    op = failure.fields.get("op", "an operation")
-    dtype = next(iter(failure.fields.get("dtypes", ())), "low precision")
-    function = failure.fields.get("function")
+    operation, function = failure.facts.operation, failure.facts.operation.function
     yield Evidence(
-        crash_message(failure, f"{op} has no kernel for {dtype}"),
+        crash_message(failure, operation, no_kernel(operation)),
         module=failure.module,
-        sites=sites_of(failure, function["site"] if function else None),
-        data={**data_of(failure), **({"reason": "custom-function"} if function else {}), **told_by(failure)},
-        fix=_fix(failure),
+        sites=sites_of(failure, operation, function.site if function is not None else None),
+        data=data_of(operation, "custom-function" if function is not None else None),
+        fix=_fix(operation),
+        told_by=told_by(operation),
     )
 
 
-def _fix(failure: Failure) -> str | None:
-    function = failure.fields.get("function")
-    operands = failure.fields["operands"]
-    device = next((operand["device"].partition(":")[0] for operand in operands if operand.get("device")), "cuda")
-    if function is not None and function["method"] == "forward":
-        return function_fix(function, device)
-    own = [operand for operand in operands if operand.get("device") and "library" not in operand]
-    low = [operand["name"] for operand in own if operand["dtype"] in LOW_PRECISION]
+def _fix(operation: FailedOperation) -> str | None:
+    function, operands = operation.function, operation.operands
+    if function is not None and function.method == "forward":
+        return function_fix(function, next((o.device_type for o in operands if o.device_type), "cuda"))
+    low = [
+        operand.name
+        for operand in operands
+        if operand.device and not operand.library and operand.dtype in LOW_PRECISION
+    ]
     if not low:
         return None
     casts = ", ".join(f"`{name}.float()`" for name in dict.fromkeys(low))

@@ -1,9 +1,9 @@
 from collections.abc import Iterator
 
 from ampcheck.precision import LOW_PRECISION
-from ampcheck.rules._crash import data_of, in_words, sites_of, told_by
+from ampcheck.rules._operation import data_of, in_words, sites_of, told_by
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import DtypeMismatch, OpNotImplemented, Trace
 
 
 @rule(
@@ -39,19 +39,19 @@ def op_unknown_to_autocast(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/tutorials/advanced/dispatcher.html#autocast
     """
     failure = trace.failure
-    if failure is None or failure.kind not in ("dtype-mismatch", "op-not-implemented"):
+    if failure is None or not isinstance(failure.facts, (DtypeMismatch, OpNotImplemented)):
         return
-    fields = failure.fields
-    if not fields.get("custom") or fields.get("autocast_rule") is not False:
+    operation = failure.facts.operation
+    if not operation.custom or operation.autocast_rule is not False:
         return
-    own = [operand for operand in fields["operands"] if "library" not in operand]
-    low = [operand["name"] for operand in own if operand["dtype"] in LOW_PRECISION]
+    low = [operand.name for operand in operation.operands if not operand.library and operand.dtype in LOW_PRECISION]
     casts = ", ".join(f"`{name}.float()`" for name in low)
     yield Evidence(
-        f"`{fields['op']}` has no autocast rule, so its operands came as they were: {in_words(fields['operands'])}.",
+        f"`{operation.op}` has no autocast rule, so its operands came as they were: {in_words(operation.operands)}.",
         module=failure.module,
-        sites=sites_of(failure),
-        data={**data_of(failure), "reason": "op-unknown-to-autocast", **told_by(failure)},
+        sites=sites_of(failure, operation),
+        data=data_of(operation, "op-unknown-to-autocast"),
         severity=Severity.ERROR,
         fix=f"Cast before the call: {casts}." if casts else None,
+        told_by=told_by(operation),
     )

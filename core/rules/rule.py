@@ -30,6 +30,7 @@ class Severity(enum.IntEnum):
 class Evidence:
     """What a rule saw: a full sentence with the names and numbers, and where. ``data`` holds the facts behind it as
     JSON values. ``severity`` and ``fix`` replace the rule's own where this case is milder, worse or more specific.
+    ``told_by`` is the code of the rule that says the same better, where it is judged too.
     """
 
     message: str
@@ -38,6 +39,7 @@ class Evidence:
     data: Mapping[str, Any] = field(default_factory=dict)
     severity: Severity | None = None
     fix: str | None = None
+    told_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ class Finding:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     fix: str = ""
     host_fix: str | None = None
+    told_by: str | None = None
 
 
 def told(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The findings without those that say what another of them, named by their evidence as ``told_by``, says better."""
+    """The findings without those that another of them tells better."""
     findings = tuple(findings)
     codes = {finding.code for finding in findings}
-    return tuple(finding for finding in findings if finding.evidence.get("told_by") not in codes)
+    return tuple(finding for finding in findings if finding.told_by not in codes)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Rule:
                 evidence=evidence.data,
                 fix=shown(evidence.fix) if evidence.fix else self.fix,
                 host_fix=fixes.get(self.code),
+                told_by=evidence.told_by,
             )
 
 

@@ -2,18 +2,17 @@ from collections.abc import Iterator
 
 from ampcheck.rules._stale import (
     cause,
-    crash,
     data_of,
     found_by_pytorch,
     module_of,
     others_in_words,
-    sentence,
     sites_of,
     ways_out,
     what,
 )
+from ampcheck.rules._words import sentence
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Failure, Trace
+from ampcheck.trace import Failure, SavedTensorModified, Trace
 
 
 @rule(
@@ -49,12 +48,12 @@ def saved_tensor_modified(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
         - https://github.com/huggingface/pytorch-image-models/issues/2355
     """
-    failure = crash(trace)
-    if failure is None:
+    failure = trace.failure
+    if failure is None or not isinstance(failure.facts, SavedTensorModified):
         return
     stale = found_by_pytorch(trace)
     if not stale:
-        yield _from_frames(trace, failure)
+        yield _from_message(trace, failure, failure.facts)
         return
     first, *others = stale
     if cause(first) != "write":
@@ -73,13 +72,12 @@ def saved_tensor_modified(trace: Trace) -> Iterator[Evidence]:
     )
 
 
-def _from_frames(trace: Trace, failure: Failure) -> Evidence:
+def _from_message(trace: Trace, failure: Failure, facts: SavedTensorModified) -> Evidence:
     """What the exception alone tells."""
-    fields = failure.fields
-    node = fields.get("node")
-    tensor = f"The output of {node}" if node else "A saved tensor"
+    tensor = f"The output of {facts.node}" if facts.node else "A saved tensor"
     replay = trace.graph.replay if trace.graph is not None and trace.graph.replay else trace.unobserved.get("graph")
-    data = {"node": node, "dtype": fields.get("dtype"), "shape": fields.get("shape")}
+    shape = list(facts.shape) if facts.shape is not None else None
+    data = {"node": facts.node, "dtype": facts.dtype, "shape": shape}
     return Evidence(
         f"{tensor} was modified in place before backward could use it. Which line wrote was not seen"
         f"{f': {replay}' if replay else ''}.",

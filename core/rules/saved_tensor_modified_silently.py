@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._stale import cause, data_of, module_of, passed_by_pytorch, sentence, sites_of, ways_out, what
-from ampcheck.rules._words import place
+from ampcheck.rules._stale import cause, data_of, module_of, passed_by_pytorch, sites_of, ways_out, what
+from ampcheck.rules._words import place, sentence
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import StaleTensor, Trace
 

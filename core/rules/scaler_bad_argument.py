@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import ScalerArgument, Trace
 
 
 @rule(
@@ -35,10 +35,10 @@ def scaler_bad_argument(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/amp.html#torch.amp.GradScaler
     """
     failure = trace.failure
-    if failure is None or failure.kind != "scaler-bad-argument":
+    if failure is None or not isinstance(failure.facts, ScalerArgument):
         return
-    facts = failure.fields
-    if str(facts.get("unexpected")).lower() == "closure":
+    facts = failure.facts
+    if facts.argument == "closure":
         yield Evidence(
             "`GradScaler.step()` was given a closure. An enabled scaler takes none: it must see the gradients before "
             "the optimizer steps.",
@@ -48,18 +48,18 @@ def scaler_bad_argument(trace: Trace) -> Iterator[Evidence]:
             "that needs one (LBFGS, SAM) use bfloat16 without a scaler: `GradScaler(enabled=False)`.",
         )
         return
-    if "unexpected" in facts:
+    if facts.argument != "init_scale":
         yield Evidence(
-            f"`GradScaler` does not take `{facts['unexpected']}`.",
+            f"`GradScaler` does not take `{facts.argument}`.",
             sites=failure.sites[:1],
-            data={"argument": facts["unexpected"]},
+            data={"argument": facts.argument},
             fix='Write `torch.amp.GradScaler("cuda")`: the device is its first argument, called `device`.',
         )
         return
-    value, scaler = facts.get("value", "that is no number"), facts.get("scaler", "GradScaler")
+    value = facts.value or "that is no number"
     device = value if value in ("'cuda'", "'cpu'") else "'cuda'"
     yield Evidence(
-        f"`{scaler}` was made with the initial scale {value}, which is no number.",
+        f"`{facts.scaler}` was made with the initial scale {value}, which is no number.",
         sites=failure.sites[:1],
         data={"argument": "init_scale", "value": value},
         fix=f"Make it with `torch.amp.GradScaler({device})`, or pass the scale by name: `init_scale=65536.0`.",

@@ -1,10 +1,10 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._words import place, places
+from ampcheck.rules._words import place, places, sentence
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import ScalerCall, Trace
+from ampcheck.trace import Disorder, ScalerCall, ScalerOrder, Trace
 
-_WORDS = {
+_WORDS: dict[Disorder, tuple[str, str]] = {
     "unscaled-twice": (
         "`unscale_()` ran twice for {optimizer} with no `update()` in between",
         "Call `scaler.unscale_(optimizer)` once per step, and `scaler.update()` in every iteration that unscaled, also "
@@ -66,23 +66,24 @@ def scaler_out_of_order(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/amp.html#gradient-scaling
     """
     failure = trace.failure
-    if failure is None or failure.kind != "scaler-out-of-order":
+    if failure is None or not isinstance(failure.facts, ScalerOrder):
         return
-    reason = failure.fields["reason"]
+    reason = failure.facts.reason
     words, fix = _WORDS[reason]
-    message = words.format(optimizer=failure.fields.get("optimizer", "the optimizer"))
+    message = words.format(optimizer=failure.facts.optimizer or "the optimizer")
     first = _first(trace, reason)
     yield Evidence(
-        f"{message[:1].upper() + message[1:]}{_after(first)}.",
+        f"{sentence(message)}{_after(first)}.",
         sites=places([*failure.sites[:1], first.site if first else None]),
         data={"reason": reason},
         fix=fix,
     )
 
 
-def _first(trace: Trace, reason: str) -> ScalerCall | None:
+def _first(trace: Trace, reason: Disorder) -> ScalerCall | None:
     """The earlier of the two calls that must not follow each other, where the step that died was watched."""
-    op = {"unscaled-twice": "unscale", "unscaled-late": "step", "stepped-twice": "step"}.get(reason)
+    ops: dict[Disorder, str] = {"unscaled-twice": "unscale", "unscaled-late": "step", "stepped-twice": "step"}
+    op = ops.get(reason)
     calls = trace.training.scaling if trace.training is not None else ()
     if calls and calls[-1].op == "update":
         return None

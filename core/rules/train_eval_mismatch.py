@@ -1,7 +1,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from ampcheck.rules._facts import FLOATING
+from ampcheck.precision import FLOATING
 from ampcheck.rules._words import count, share, some
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import ModelInfo, StepTrace, Trace

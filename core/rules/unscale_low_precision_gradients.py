@@ -1,10 +1,9 @@
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from ampcheck.rules._stale import statement
 from ampcheck.rules._words import count, place, places, some
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import ModelInfo, Site, Trace
+from ampcheck.trace import LowPrecisionGradients, ModelInfo, Site, Trace
 
 
 @rule(
@@ -44,52 +43,51 @@ def unscale_low_precision_gradients(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/notes/amp_examples.html
     """
     failure = trace.failure
-    if failure is None or failure.kind != "unscale-low-precision-gradients":
+    if failure is None or not isinstance(failure.facts, LowPrecisionGradients):
         return
-    facts = failure.fields
-    if not facts.get("count"):
+    facts, names = failure.facts, failure.facts.parameters
+    if not names:
         yield Evidence("The scaler met float16 gradients.", sites=failure.sites[:1])
         return
-    names = facts["names"]
+    one = len(names) == 1
     yield Evidence(
-        f"{count(facts['count'], 'parameter')} of the {facts['optimized']} that {facts['optimizer']} holds "
-        f"{'has a' if facts['count'] == 1 else 'have'} float16 gradient{'' if facts['count'] == 1 else 's'}: "
-        f"{some(names)}.{_since_when(trace.model, facts)}{_cast(facts)}",
+        f"{count(len(names), 'parameter')} of the {facts.optimized} that {facts.optimizer} holds "
+        f"{'has a' if one else 'have'} float16 gradient{'' if one else 's'}: "
+        f"{some(names)}.{_since_when(trace.model, names)}{_cast(facts.cast)}",
         module=_common(names),
-        sites=places([*failure.sites[:1], facts.get("cast")]),
-        data={"count": facts["count"], "optimized": facts["optimized"], "parameters": names},
-        fix=_fix(trace.model, facts),
+        sites=places([*failure.sites[:1], facts.cast]),
+        data={"count": len(names), "optimized": facts.optimized, "parameters": list(names)},
+        fix=_fix(trace.model, names),
     )
 
 
-def _changed(model: ModelInfo | None, facts: Mapping[str, Any]) -> list[str] | None:
+def _changed(model: ModelInfo | None, names: Sequence[str]) -> list[str] | None:
     """The parameters that were float32 at fit start, or ``None`` where that is not known."""
     if model is None:
         return None
     dtypes = {tensor.name: tensor.dtype for tensor in model.parameters}
-    known = [name for name in facts["names"] if name in dtypes]
+    known = [name for name in names if name in dtypes]
     return [name for name in known if dtypes[name] == "float32"] if known else None
 
 
-def _since_when(model: ModelInfo | None, facts: Mapping[str, Any]) -> str:
-    changed = _changed(model, facts)
+def _since_when(model: ModelInfo | None, names: Sequence[str]) -> str:
+    changed = _changed(model, names)
     if changed is None:
         return ""
     if not changed:
         return " They were float16 when the fit began."
     which = "They were"
-    if len(changed) < len(facts["names"]):
+    if len(changed) < len(names):
         which = f"{some(changed)} {'was' if len(changed) == 1 else 'were'}"
     return f" {which} float32 when the fit began: something cast the model during the fit."
 
 
-def _cast(facts: Mapping[str, Any]) -> str:
-    cast: Site | None = facts.get("cast")
-    return f" `{statement(cast)}`{place(cast)} casts to float16." if cast is not None else ""
+def _cast(site: Site | None) -> str:
+    return f" `{statement(site)}`{place(site)} casts to float16." if site is not None else ""
 
 
-def _fix(model: ModelInfo | None, facts: Mapping[str, Any]) -> str | None:
-    if _changed(model, facts):
+def _fix(model: ModelInfo | None, names: Sequence[str]) -> str | None:
+    if _changed(model, names):
         return (
             "Find the `.half()` that runs during the fit (in validation, an averaged copy, a resume) and give it "
             "a copy of the model, or call `model.float()` before training goes on."
@@ -97,7 +95,7 @@ def _fix(model: ModelInfo | None, facts: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _common(names: list[str]) -> str | None:
+def _common(names: Sequence[str]) -> str | None:
     """The module that holds all of them, where there is one."""
     owners = {name.rpartition(".")[0] for name in names}
     return owners.pop() if len(owners) == 1 and "[" not in names[0] else None

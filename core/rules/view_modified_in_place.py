@@ -1,10 +1,21 @@
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from ampcheck.rules._stale import as_write, out_of_place
 from ampcheck.rules._words import place, places
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Failure, Site, Trace
+from ampcheck.trace import (
+    CustomFunctionViewModified,
+    Failure,
+    LeafViewModified,
+    MultiViewModified,
+    NoGradViewModified,
+    Site,
+    Trace,
+    ViewedBaseModified,
+    ViewFailure,
+)
 
 _MADE_BY = {"split": "split", "splitwithsizes": "split", "chunk": "split", "unbind": "unbind"}
 
@@ -42,40 +53,45 @@ def view_modified_in_place(trace: Trace) -> Iterator[Evidence]:
         - https://github.com/pytorch/pytorch/pull/58285
     """
     failure = trace.failure
-    if failure is not None and failure.kind == "viewed-base-modified":
-        yield _base_modified(trace, failure)
-    if failure is None or failure.kind not in _SAID:
+    if failure is None:
         return
-    write = as_write(failure.sites[0]) if failure.sites else None
-    view = _origin(trace, failure)
-    fields = failure.fields
-    yield Evidence(
-        f"{_SAID[failure.kind].format(node=fields.get('node', 'a function'), mode=fields.get('mode', 'no_grad'))}"
-        f" was written to in place{place(write)}{f'; the view was made{place(view)}' if view else ''}.",
-        module=failure.module,
-        sites=places((write, view)),
-        data={name: fields[name] for name in ("node", "output", "mode") if name in fields},
-        fix=_fix(failure, write),
-    )
+    facts = failure.facts
+    if isinstance(facts, ViewedBaseModified):
+        yield _base_modified(trace, failure, facts)
+    elif isinstance(facts, (LeafViewModified, MultiViewModified, CustomFunctionViewModified, NoGradViewModified)):
+        write = as_write(failure.sites[0]) if failure.sites else None
+        view = _origin(trace, facts) if isinstance(facts, MultiViewModified) else None
+        made = f"; the view was made{place(view)}" if view else ""
+        fix = out_of_place(write, "") if write else None
+        if isinstance(facts, LeafViewModified):
+            fix = "Do the write inside `with torch.no_grad():`, or on a copy: `.clone()`."
+        yield Evidence(
+            f"{_subject(facts)} was written to in place{place(write)}{made}.",
+            module=failure.module,
+            sites=places((write, view)),
+            data=_data(facts),
+            fix=fix,
+        )
 
 
-_SAID = {
-    "leaf-view-modified": "A view of a leaf that requires grad",
-    "multi-view-modified": "An output of {node}, which returns several views at once,",
-    "custom-function-view": "A view that the custom function {node} returned",
-    "view-modified-no-grad": "A view made under {mode}",
-}
+def _subject(facts: ViewFailure) -> str:
+    node = facts.node or "a function"
+    if isinstance(facts, LeafViewModified):
+        return "A view of a leaf that requires grad"
+    if isinstance(facts, MultiViewModified):
+        return f"An output of {node}, which returns several views at once,"
+    if isinstance(facts, CustomFunctionViewModified):
+        return f"A view that the custom function {node} returned"
+    return f"A view made under {facts.mode or 'no_grad'}"
 
 
-def _base_modified(trace: Trace, failure: Failure) -> Evidence:
+def _base_modified(trace: Trace, failure: Failure, facts: ViewedBaseModified) -> Evidence:
     """The write came first, and to the base or another view: PyTorch refuses the view when it is used next."""
     written = trace.graph.written_views if trace.graph is not None else ()
-    kind = _kind(failure)
-    candidates = [(view, writes) for view, writes in written if kind and kind in (view.op or "")]
+    op = _made_by(facts)
+    candidates = [(view, writes) for view, writes in written if op and op in (view.op or "")]
     view, writes = candidates[0] if len(candidates) == 1 else (None, ())
-    fields = failure.fields
-    node = fields.get("node")
-    subject = f"An output of {node}, which is a view," if node else f"A view made under {fields.get('mode', 'no_grad')}"
+    subject = f"An output of {facts.node}, which is a view," if facts.node else _subject(facts)
     use = replace(failure.sites[0], role="call") if failure.sites else None
     base = "the tensor that it is a view of, or another view of that,"
     return Evidence(
@@ -83,26 +99,24 @@ def _base_modified(trace: Trace, failure: Failure) -> Evidence:
         f"{place(writes[-1]) if writes else ''}{f'; the view was made{place(view)}' if view else ''}.",
         module=failure.module,
         sites=places((*writes[-3:], view, use)),
-        data={name: fields[name] for name in ("node", "output", "mode") if name in fields},
+        data=_data(facts),
         fix=out_of_place(writes[-1], "") if writes else None,
     )
 
 
-def _origin(trace: Trace, failure: Failure) -> Site | None:
+def _data(facts: ViewFailure) -> dict[str, Any]:
+    known = {"node": facts.node, "output": facts.output, "mode": facts.mode}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _origin(trace: Trace, facts: ViewFailure) -> Site | None:
     """The call that made the view: the last of its kind."""
-    if failure.kind != "multi-view-modified" or trace.graph is None:
-        return None
-    kind = _kind(failure)
-    return next((view for view in reversed(trace.graph.views) if kind and kind in (view.op or "")), None)
+    op = _made_by(facts)
+    views = trace.graph.views if trace.graph is not None else ()
+    return next((view for view in reversed(views) if op and op in (view.op or "")), None)
 
 
-def _kind(failure: Failure) -> str | None:
+def _made_by(facts: ViewFailure) -> str | None:
     """The op that returned several views, by the node that the message names."""
-    node = str(failure.fields.get("node", "")).lower()
+    node = (facts.node or "").lower()
     return next((op for name, op in _MADE_BY.items() if node.startswith(name)), None)
-
-
-def _fix(failure: Failure, write: Site | None) -> str | None:
-    if failure.kind == "leaf-view-modified":
-        return "Do the write inside `with torch.no_grad():`, or on a copy: `.clone()`."
-    return out_of_place(write, "") if write else None

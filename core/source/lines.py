@@ -60,6 +60,13 @@ def is_library(file: str) -> bool:
     return installed or is_ours(file) or is_torch(file) or file.startswith(_library_roots())
 
 
+def qualified_name(code: CodeType) -> str:
+    """The name of a function as ``Class.method`` or ``outer.inner``."""
+    # `co_qualname` came with Python 3.11.
+    name: str = getattr(code, "co_qualname", code.co_name)
+    return name.replace("<locals>.", "")
+
+
 def site_of(code_file: str, line: int, function: str, role: Role = "call") -> Site:
     """The site of a line, with its source text where it can be read."""
     code = shown(linecache.getline(code_file, line).strip())
@@ -106,7 +113,7 @@ def decorator_site(function: object) -> Site | None:
         return None
     decorators: list[Site] = []
     for number in itertools.count(code.co_firstlineno):
-        site = site_of(code.co_filename, number, getattr(code, "co_qualname", code.co_name).replace("<locals>.", ""))
+        site = site_of(code.co_filename, number, qualified_name(code))
         if site.code.startswith("@"):
             decorators.append(site)
         if not linecache.getline(code.co_filename, number) or site.code.startswith(("def ", "async def ")):
@@ -157,10 +164,4 @@ def remember_source(file: str, names: dict[str, object]) -> None:
 
 def _site_of_frame(frame: FrameType, line: int, role: Role) -> Site:
     remember_source(frame.f_code.co_filename, frame.f_globals)
-    return site_of(frame.f_code.co_filename, line, _qualified_name(frame), role)
-
-
-def _qualified_name(frame: FrameType) -> str:
-    # `co_qualname` came with Python 3.11.
-    name: str = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
-    return name.replace("<locals>.", "")
+    return site_of(frame.f_code.co_filename, line, qualified_name(frame.f_code), role)

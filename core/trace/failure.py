@@ -2,11 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from ampcheck.trace.autograd_failures import (
+    BackwardHookView,
+    CustomFunctionViewModified,
+    GraphFreed,
+    InferenceTensor,
+    InternalOverlap,
+    LeafModified,
+    LeafViewModified,
+    MultiViewModified,
+    NoGradViewModified,
+    NoGraph,
+    SavedTensorModified,
+    ViewedBaseModified,
+)
+from ampcheck.trace.dtype_failures import (
+    AutocastCall,
+    CustomFunctionState,
+    DtypeMismatch,
+    InPlaceDtype,
+    NoNumpyDtype,
+    OpNotImplemented,
+    UnsafeLoss,
+)
+from ampcheck.trace.scaler_failures import (
+    FirstStepSkipped,
+    FusedOptimizerClipping,
+    LowPrecisionGradients,
+    MissingGradients,
+    ScalerArgument,
+    ScalerOrder,
+    ScalerWithoutBfloat16,
+)
 from ampcheck.trace.site import Site
+
+Facts = (
+    AutocastCall
+    | DtypeMismatch
+    | InPlaceDtype
+    | OpNotImplemented
+    | NoNumpyDtype
+    | CustomFunctionState
+    | UnsafeLoss
+    | LowPrecisionGradients
+    | MissingGradients
+    | ScalerOrder
+    | ScalerArgument
+    | ScalerWithoutBfloat16
+    | FusedOptimizerClipping
+    | FirstStepSkipped
+    | SavedTensorModified
+    | LeafModified
+    | LeafViewModified
+    | MultiViewModified
+    | CustomFunctionViewModified
+    | NoGradViewModified
+    | ViewedBaseModified
+    | BackwardHookView
+    | InferenceTensor
+    | GraphFreed
+    | NoGraph
+    | InternalOverlap
+)
+"""What is known of a failure, by its kind."""
 
 
 def described(error: BaseException) -> str:
@@ -16,16 +76,25 @@ def described(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception, taken apart. ``chain`` holds ``(type, message)`` of it and of its causes, outermost first;
-    ``sites`` the frames of the innermost one that matters, innermost first, user frames before library frames;
-    ``fields`` what its message and its frames say (by the classifier that recognised it, ``kind``)."""
+    """An exception, taken apart. ``facts`` are what its message and its frames say, for a kind of failure that is
+    known; ``chain`` holds ``(type, message)`` of it and of its causes, outermost first; ``sites`` the frames of the
+    innermost one that matters, innermost first, user frames before library frames. ``internal_error`` is an exception
+    of our own that kept it from being taken apart."""
 
     type: str
     message: str
     phase: str
     step: int | None
-    kind: str | None = None
+    facts: Facts | None = None
     chain: tuple[tuple[str, str], ...] = ()
     sites: tuple[Site, ...] = ()
     module: str | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    module_type: str | None = None
+    internal_error: str | None = None
+
+    @property
+    def of_the_graph(self) -> bool:
+        """Whether its cause lies in what was called before: its lines are known to a log of the step alone."""
+        return isinstance(
+            self.facts, (SavedTensorModified, MultiViewModified, ViewedBaseModified, InferenceTensor, NoGraph)
+        )

@@ -1,4 +1,4 @@
-"""One real crash a wording: what is run, the kind it must be recognised as, and fields it must have."""
+"""One real crash a wording: what is run, the kind of facts it must have, and some of these facts."""
 
 from __future__ import annotations
 
@@ -10,23 +10,45 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ampcheck.trace import (
+    AutocastCall,
+    BackwardHookView,
+    CustomFunctionViewModified,
+    DtypeMismatch,
+    FirstStepSkipped,
+    GraphFreed,
+    InferenceTensor,
+    InPlaceDtype,
+    InternalOverlap,
+    LeafModified,
+    LeafViewModified,
+    MultiViewModified,
+    NoGradViewModified,
+    NoGraph,
+    NoNumpyDtype,
+    OpNotImplemented,
+    SavedTensorModified,
+    ScalerArgument,
+    ViewedBaseModified,
+)
+
 Crash = Callable[[], Any]
 H, B = torch.float16, torch.bfloat16
 R = torch.randn
-CRASHES: list[tuple[str, str | None, dict[str, Any], Crash]] = []
+CRASHES: list[tuple[str, type | None, dict[str, Any], Crash]] = []
 
 
-def crash(kind: str | None, **fields: Any) -> Callable[[Crash], Crash]:
+def crash(kind: type | None, **facts: Any) -> Callable[[Crash], Crash]:
     def add(run: Crash) -> Crash:
-        CRASHES.append((run.__name__, kind, fields, run))
+        CRASHES.append((run.__name__, kind, facts, run))
         return run
 
     return add
 
 
-def dtype_crash(name: str, run: Callable[[torch.dtype], Any], kind: str = "dtype-mismatch", **fields: Any) -> None:
+def dtype_crash(name: str, run: Callable[[torch.dtype], Any], kind: type = DtypeMismatch, **facts: Any) -> None:
     for dtype in (H, B):
-        CRASHES.append((f"{name}-{dtype}", kind, fields, lambda dtype=dtype: run(dtype)))
+        CRASHES.append((f"{name}-{dtype}", kind, facts, lambda dtype=dtype: run(dtype)))
 
 
 I = torch.tensor([0, 1])  # noqa: E741 (an index)
@@ -64,84 +86,82 @@ dtype_crash("gradient", lambda d: setattr(nn.Parameter(R(2)), "grad", R(2).to(d)
 dtype_crash("bce", lambda d: F.binary_cross_entropy(torch.rand(2).to(d).requires_grad_(), torch.rand(2)).backward())
 dtype_crash("embedding-bag", lambda d: F.embedding_bag(I[None], R(4, 4).to(d), per_sample_weights=R(1, 2), mode="sum"))
 
-IN_PLACE = "in-place-dtype"
-dtype_crash("index-put", lambda d: torch.zeros(4).__setitem__(I, R(2).to(d)), IN_PLACE)
-dtype_crash("index-put-half", lambda d: torch.zeros(4, dtype=d).__setitem__(I, R(2)), IN_PLACE)
-dtype_crash("scatter", lambda d: torch.zeros(4).scatter_(0, I, R(2).to(d)), IN_PLACE)
-dtype_crash("scatter-add", lambda d: torch.zeros(4).scatter_add_(0, I, R(2).to(d)), IN_PLACE)
-dtype_crash("scatter-reduce", lambda d: torch.zeros(4).scatter_reduce_(0, I, R(2).to(d), "sum"), IN_PLACE)
-dtype_crash("index-add", lambda d: torch.zeros(4).index_add_(0, I, R(2).to(d)), IN_PLACE)
-dtype_crash("index-copy", lambda d: torch.zeros(4).index_copy_(0, I, R(2).to(d)), IN_PLACE)
-dtype_crash("put", lambda d: torch.zeros(4).put_(I, R(2).to(d)), IN_PLACE)
-dtype_crash("masked-scatter", lambda d: torch.zeros(4).masked_scatter_(torch.ones(4) > 0, R(4).to(d)), IN_PLACE)
-dtype_crash("integer-target", lambda d: torch.ones(4, dtype=torch.int64).add_(R(4).to(d)), IN_PLACE)
-dtype_crash("out", lambda d: torch.mm(R(4, 4), R(4, 4), out=torch.zeros(4, 4, dtype=d)), IN_PLACE)
+dtype_crash("index-put", lambda d: torch.zeros(4).__setitem__(I, R(2).to(d)), InPlaceDtype)
+dtype_crash("index-put-half", lambda d: torch.zeros(4, dtype=d).__setitem__(I, R(2)), InPlaceDtype)
+dtype_crash("scatter", lambda d: torch.zeros(4).scatter_(0, I, R(2).to(d)), InPlaceDtype)
+dtype_crash("scatter-add", lambda d: torch.zeros(4).scatter_add_(0, I, R(2).to(d)), InPlaceDtype)
+dtype_crash("scatter-reduce", lambda d: torch.zeros(4).scatter_reduce_(0, I, R(2).to(d), "sum"), InPlaceDtype)
+dtype_crash("index-add", lambda d: torch.zeros(4).index_add_(0, I, R(2).to(d)), InPlaceDtype)
+dtype_crash("index-copy", lambda d: torch.zeros(4).index_copy_(0, I, R(2).to(d)), InPlaceDtype)
+dtype_crash("put", lambda d: torch.zeros(4).put_(I, R(2).to(d)), InPlaceDtype)
+dtype_crash("masked-scatter", lambda d: torch.zeros(4).masked_scatter_(torch.ones(4) > 0, R(4).to(d)), InPlaceDtype)
+dtype_crash("integer-target", lambda d: torch.ones(4, dtype=torch.int64).add_(R(4).to(d)), InPlaceDtype)
+dtype_crash("out", lambda d: torch.mm(R(4, 4), R(4, 4), out=torch.zeros(4, 4, dtype=d)), InPlaceDtype)
 
-NO_KERNEL = "op-not-implemented"
-dtype_crash("cdist", lambda d: torch.cdist(R(2, 4).to(d), R(2, 4).to(d), p=1), NO_KERNEL)
-dtype_crash("inverse", lambda d: torch.linalg.inv(R(2, 2).to(d)), NO_KERNEL)
-dtype_crash("svd", lambda d: torch.linalg.svd(R(2, 2).to(d)), NO_KERNEL)
-dtype_crash("fft", lambda d: torch.fft.fft(R(4).to(d)), NO_KERNEL)
-dtype_crash("stft", lambda d: torch.stft(R(400).to(d), 64, return_complex=True), NO_KERNEL)
-dtype_crash("quantile-of-half", lambda d: torch.quantile(R(4).to(d), 0.5), NO_KERNEL)
-dtype_crash("least-squares", lambda d: torch.linalg.lstsq(R(2, 2).to(d), R(2, 2).to(d)), NO_KERNEL)
-dtype_crash("ctc", lambda d: F.ctc_loss(R(5, 1, 4).to(d), I[None] + 1, I[:1] + 5, I[:1] + 2), NO_KERNEL)
+dtype_crash("cdist", lambda d: torch.cdist(R(2, 4).to(d), R(2, 4).to(d), p=1), OpNotImplemented)
+dtype_crash("inverse", lambda d: torch.linalg.inv(R(2, 2).to(d)), OpNotImplemented)
+dtype_crash("svd", lambda d: torch.linalg.svd(R(2, 2).to(d)), OpNotImplemented)
+dtype_crash("fft", lambda d: torch.fft.fft(R(4).to(d)), OpNotImplemented)
+dtype_crash("stft", lambda d: torch.stft(R(400).to(d), 64, return_complex=True), OpNotImplemented)
+dtype_crash("quantile-of-half", lambda d: torch.quantile(R(4).to(d), 0.5), OpNotImplemented)
+dtype_crash("least-squares", lambda d: torch.linalg.lstsq(R(2, 2).to(d), R(2, 2).to(d)), OpNotImplemented)
+dtype_crash("ctc", lambda d: F.ctc_loss(R(5, 1, 4).to(d), I[None] + 1, I[:1] + 5, I[:1] + 2), OpNotImplemented)
 
 
-@crash("in-place-dtype", op="aten::lerp_", in_place=True)
+@crash(InPlaceDtype, op="aten::lerp_", in_place=True)
 def lerp_in_place() -> None:
     average, weight = torch.zeros(4).half(), R(4)
     average.lerp_(weight, 0.5)
 
 
-@crash("in-place-dtype", op="aten::_foreach_lerp_")
+@crash(InPlaceDtype, op="aten::_foreach_lerp_")
 def foreach_lerp() -> None:
     averages, weights = [torch.zeros(4).half()], [R(4)]
     torch._foreach_lerp_(averages, weights, 0.5)
 
 
-@crash("dtype-mismatch", op="aten::addmm_", in_place=True)
+@crash(DtypeMismatch, op="aten::addmm_", in_place=True)
 def addmm_in_place() -> None:
     total, a, b = torch.zeros(2, 2).half(), R(2, 2), R(2, 2)
     total.addmm_(a, b)
 
 
-@crash("in-place-dtype", out=True, op="aten::mm")
+@crash(InPlaceDtype, out=True, op="aten::mm")
 def product_into_half() -> None:
     a, b, result = R(2, 2), R(2, 2), torch.zeros(2, 2).half()
     torch.mm(a, b, out=result)
 
 
-@crash("op-not-implemented")
+@crash(OpNotImplemented)
 def polar() -> None:
     torch.polar(R(4).bfloat16(), R(4).bfloat16())
 
 
-@crash("op-not-implemented")
+@crash(OpNotImplemented)
 def view_as_complex() -> None:
     torch.view_as_complex(R(4, 2).bfloat16())
 
 
-@crash("no-numpy-dtype")
+@crash(NoNumpyDtype)
 def numpy() -> None:
     R(2).bfloat16().numpy()
 
 
-@crash("saved-tensor-modified", dtype="float32", shape=[4], output=0, node="Relu", version_found=1, version_expected=0)
+@crash(SavedTensorModified, dtype="float32", shape=(4,), output=0, node="Relu", version_found=1, version_expected=0)
 def saved_output_modified() -> None:
     y = nn.Parameter(R(4)).mul(2).relu()
     y += 1
     y.sum().backward()
 
 
-@crash("saved-tensor-modified", dtype="bfloat16", shape=[2, 3], node="Sigmoid")
+@crash(SavedTensorModified, dtype="bfloat16", shape=(2, 3), node="Sigmoid")
 def saved_bfloat16_modified() -> None:
     y = R(2, 3, requires_grad=True).bfloat16().sigmoid()
     y.mul_(2)
     y.sum().backward()
 
 
-@crash("saved-tensor-modified", node="AsStrided", version_found=2, version_expected=1)
+@crash(SavedTensorModified, node="AsStrided", version_found=2, version_expected=1)
 def stepped_before_backward() -> None:
     layer = nn.Linear(4, 4)
     loss = layer(layer(R(2, 4))).sum()
@@ -150,33 +170,33 @@ def stepped_before_backward() -> None:
     loss.backward()
 
 
-@crash("leaf-modified")
+@crash(LeafModified)
 def leaf() -> None:
     weight = nn.Parameter(R(4))
     weight += 1
 
 
-@crash("leaf-view-modified")
+@crash(LeafViewModified)
 def leaf_view() -> None:
     nn.Parameter(R(4))[0] = 1
 
 
-@crash("multi-view-modified", node="Split", output=1)
+@crash(MultiViewModified, node="Split", output=1)
 def split() -> None:
     nn.Parameter(R(4)).mul(2).split(2)[1].add_(1)
 
 
-@crash("multi-view-modified", node="Unbind", output=0)
+@crash(MultiViewModified, node="Unbind", output=0)
 def unbind() -> None:
     nn.Parameter(R(4)).mul(2).unbind()[0].add_(1)
 
 
-@crash("multi-view-modified", node="Split")
+@crash(MultiViewModified, node="Split")
 def chunk() -> None:
     nn.Parameter(R(4)).mul(2).chunk(2)[0].add_(1)
 
 
-@crash("view-modified-no-grad", mode="no_grad")
+@crash(NoGradViewModified, mode="no_grad")
 def view_without_grad() -> None:
     y = nn.Parameter(R(4)).mul(2)
     with torch.no_grad():
@@ -184,7 +204,7 @@ def view_without_grad() -> None:
     view.add_(1)
 
 
-@crash("viewed-base-modified", node="Split", output=1)
+@crash(ViewedBaseModified, node="Split", output=1)
 def base_of_a_split() -> None:
     y = nn.Parameter(R(4)).mul(2)
     _, second = y.split(2)
@@ -192,7 +212,7 @@ def base_of_a_split() -> None:
     second.exp()
 
 
-@crash("viewed-base-modified", mode="no_grad")
+@crash(ViewedBaseModified, mode="no_grad")
 def base_of_a_view_without_grad() -> None:
     y = nn.Parameter(R(4)).mul(2)
     with torch.no_grad():
@@ -201,14 +221,14 @@ def base_of_a_view_without_grad() -> None:
     first.exp()
 
 
-@crash("backward-hook-view", node="BackwardHookFunction", output=0)
+@crash(BackwardHookView, node="BackwardHookFunction", output=0)
 def backward_hook() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
     model[0].register_full_backward_hook(lambda *args: None)
     model(R(2, 4)).sum().backward()
 
 
-@crash("custom-function-view", node="Same")
+@crash(CustomFunctionViewModified, node="Same")
 def custom_function_view() -> None:
     class Same(torch.autograd.Function):
         @staticmethod
@@ -222,55 +242,55 @@ def custom_function_view() -> None:
     Same.apply(R(4, requires_grad=True) * 1).add_(1)
 
 
-@crash("inference-tensor")
+@crash(InferenceTensor, use="saved")
 def inference_tensor_saved() -> None:
     with torch.inference_mode():
         x = R(2, 4)
     nn.Linear(4, 4)(x)
 
 
-@crash("inference-tensor")
+@crash(InferenceTensor, use="written")
 def inference_tensor_written() -> None:
     with torch.inference_mode():
         x = R(2, 4)
     x.add_(1)
 
 
-@crash("graph-freed")
+@crash(GraphFreed)
 def backward_twice() -> None:
     loss = nn.Parameter(R(4)).square().sum()
     loss.backward()
     loss.backward()
 
 
-@crash("no-graph", element=0)
+@crash(NoGraph, element=0)
 def no_graph() -> None:
     torch.tensor(0.0).backward()
 
 
-@crash("internal-overlap")
+@crash(InternalOverlap)
 def overlap() -> None:
     R(1).expand(4).add_(1)
 
 
-@crash("internal-overlap")
+@crash(InternalOverlap)
 def overlapping_copy() -> None:
     x = R(4)
     x[1:].copy_(x[:-1])
 
 
-@crash("scaler-bad-argument", unexpected="device_type")
+@crash(ScalerArgument, argument="device_type")
 def scaler_device_type() -> None:
     torch.amp.GradScaler(device_type="cpu")
 
 
-@crash("scaler-bad-argument", unexpected="Closure")
+@crash(ScalerArgument, argument="closure")
 def closure_for_a_scaler() -> None:
     optimizer, scaler = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), torch.amp.GradScaler("cpu")
     scaler.step(optimizer, closure=lambda: None)
 
 
-@crash("first-step-skipped")
+@crash(FirstStepSkipped)
 def scheduler_warning_raised() -> None:
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -279,13 +299,13 @@ def scheduler_warning_raised() -> None:
         scheduler.step()
 
 
-@crash("autocast-bad-argument", reason="dtype-not-a-dtype")
+@crash(AutocastCall, reason="dtype-not-a-dtype", argument="dtype", type="str", replaces="call")
 def autocast_dtype_string() -> None:
     with torch.autocast("cpu", dtype="float16"):  # type: ignore[arg-type]
         pass
 
 
-@crash("dtype-mismatch")
+@crash(DtypeMismatch)
 def compiled_mismatch() -> None:
     def mismatch(x: torch.Tensor) -> torch.Tensor:
         return x.half() @ x

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ampcheck.failure import examine
+from ampcheck.trace import LowPrecisionGradients
 
 
 class Net(nn.Module):
@@ -108,6 +109,7 @@ def test_line_that_casts(program, code: str | None) -> None:
     while frame.tb_next is not None and "model" not in frame.tb_frame.f_locals:
         frame = frame.tb_next
     failure = examine(caught.value, model=frame.tb_frame.f_locals["model"], phase="unscale", step=0)
-    cast = failure.fields["cast"]
+    assert isinstance(failure.facts, LowPrecisionGradients)
+    cast = failure.facts.cast
     assert (cast.code if cast is not None else None) == code
     assert cast is None or cast.role == "cast"

@@ -203,6 +203,6 @@ def test_an_exception_of_the_users_own_gets_no_finding(recorder: Recorder) -> No
     with recorder(model):
         raise ValueError("no such file")
 
-    assert recorder.failure.kind is None
+    assert recorder.failure.facts is None
     assert CRASH_CODES.isdisjoint(finding.code for finding in recorder.findings)
     assert not hasattr(recorder.error, "__notes__")

@@ -49,7 +49,7 @@ def judge(loaded: Loaded, plain: Outcome, found: tuple[Finding, ...], count: Cal
         count("missed")
         raise AssertionError(f"missed: {plain.error}")
     # A crash inside a custom function is told twice, by two rules, and shown once.
-    (finding,) = [finding for finding in told if "told_by" not in finding.evidence]
+    (finding,) = [finding for finding in told if finding.told_by is None]
     count(finding.code)
     raised = [site.line for site in finding.sites if site.role == "raise" and site.file == loaded.path]
     called = loaded.called()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ampcheck.source.lines import is_library, is_ours, is_torch, remember_source, site_of
+from ampcheck.source.lines import is_library, is_ours, is_torch, qualified_name, remember_source, site_of
 from ampcheck.trace import Role, Site, Writer
 
 _USER, _LIBRARY, _PYTORCH, _OPTIMIZER, _DATA_PARALLEL, _SHARDING, _CHECKPOINT, _ENGINE = range(8)
@@ -170,7 +170,5 @@ def _site(instruction: Instruction | None, role: Role, fields: dict[str, Any]) -
         return None
     code, offset = instruction
     lines = (line for start, end, line in code.co_lines() if start <= offset < end and line is not None)
-    name: str = getattr(code, "co_qualname", code.co_name)
-    function = name.replace("<locals>.", "")
-    site = site_of(code.co_filename, next(lines, code.co_firstlineno), function, role)
+    site = site_of(code.co_filename, next(lines, code.co_firstlineno), qualified_name(code), role)
     return Site(**{**vars(site), **fields})

@@ -28,7 +28,7 @@ from ampcheck.observe.probes.modes import alone
 from ampcheck.observe.probes.modules import ModuleProbe
 from ampcheck.observe.walk import dtype_name, plain_name, tensor_names
 from ampcheck.precision import LOW_PRECISION
-from ampcheck.source.lines import callers, calling_site, is_library, site_of
+from ampcheck.source.lines import callers, calling_site, is_library, qualified_name, site_of
 from ampcheck.trace import AutocastState, OpCall, Operand, Site
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
@@ -258,8 +258,7 @@ class GraphProbe:
         for code in codes:
             lines = {line for one, line in _named_lines(code) if one in names}
             if len(lines) == 1 and not is_library(code.co_filename):
-                function = getattr(code, "co_qualname", code.co_name).replace("<locals>.", "")
-                return site_of(code.co_filename, lines.pop(), function)
+                return site_of(code.co_filename, lines.pop(), qualified_name(code))
         return None
 
     def _count(self, call: OpCall) -> None:

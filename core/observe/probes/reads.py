@@ -15,6 +15,7 @@ from ampcheck.observe.probes.call_sites import CallSite, CallSites
 from ampcheck.observe.probes.graph_log import GraphLog, GraphOp, Hooks, Overwrite, layout_of, unchecked_save
 from ampcheck.observe.tensors import operands_in, storage_key
 from ampcheck.observe.walk import dtype_name
+from ampcheck.source.lines import qualified_name
 from ampcheck.trace import Silent, StaleTensor
 
 _current_node: Callable[[], Any] = torch._C._current_autograd_node
@@ -172,8 +173,7 @@ def _content(tensor: torch.Tensor) -> tuple[tuple[int, ...], float]:
 
 def _function_name(call_site: CallSite) -> str:
     """Of a call_site in the forward of a custom function, ``Scale.forward``."""
-    code = call_site.user[0] if call_site.user else None
-    return str(getattr(code, "co_qualname", getattr(code, "co_name", "a custom function"))).replace("<locals>.", "")
+    return qualified_name(call_site.user[0]) if call_site.user else "a custom function"
 
 
 def _is_foreign(hooks: Hooks) -> bool:

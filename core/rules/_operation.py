@@ -1,0 +1,155 @@
+"""What the rules about operations that failed have in common: their words, their evidence and their ways out."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ampcheck.precision import LOW_PRECISION
+from ampcheck.rules._reason import Why, device_type
+from ampcheck.rules._words import attribute, place, places, sentence
+from ampcheck.trace import CustomFunction, FailedOperand, FailedOperation, Failure, Site
+
+_SHORT = 60
+
+
+def crash_message(failure: Failure, operation: FailedOperation, what: str) -> str:
+    """``In conv (Conv2d), <what> in `F.conv2d(...)`: <operands>.``"""
+    module, expression = _where(failure), operation.expression or ""
+    if len(expression) > _SHORT:
+        expression = f"{expression.partition('(')[0]}(...)"
+    head = f"In {module}, {what}" if module else sentence(what)
+    words = in_words(operation.operands)
+    return f"{head}{f' in `{expression}`' if expression else ''}{f': {words}' if words else ''}."
+
+
+def _where(failure: Failure) -> str:
+    """The module that failed, by name and type."""
+    kind = failure.module_type
+    if failure.module:
+        return f"{failure.module} ({kind})" if kind else failure.module
+    return f"the {kind}" if kind else ""
+
+
+def in_words(operands: Iterable[FailedOperand]) -> str:
+    """``x is float16[2, 4] (made by stem), conv.bias is float32[4]``."""
+    return ", ".join(_one(operand) for operand in operands)
+
+
+def _one(operand: FailedOperand) -> str:
+    text = f"{operand.name} is {operand.dtype}{list(operand.shape) if operand.shape is not None else ''}"
+    made = operand.producer
+    if operand.expression is not None:
+        text += f" after `{operand.expression}`"
+    elif made is not None:
+        text += f" (made by {made.module})" if made.module else f" (made by `{made.code}`)"
+    return text
+
+
+def data_of(operation: FailedOperation, reason: str | None = None) -> dict[str, Any]:
+    """The evidence as JSON values."""
+    function = operation.function
+    known = {
+        "op": operation.op,
+        "expression": operation.expression,
+        "autocast_rule": operation.autocast_rule,
+        "function": function.name if function is not None else None,
+        "reason": reason,
+    }
+    operands = [_data_of_operand(operand) for operand in operation.operands]
+    return {"operands": operands, **{name: value for name, value in known.items() if value is not None}}
+
+
+def _data_of_operand(operand: FailedOperand) -> dict[str, Any]:
+    made = operand.producer
+    known = {
+        "device": operand.device,
+        "role": operand.role,
+        "expression": operand.expression,
+        "kind": operand.stored,
+        "library": operand.library or None,
+        "producer": None
+        if made is None
+        else {"module": made.module, "file": made.site.file, "line": made.site.line, "code": made.code},
+    }
+    shape = list(operand.shape) if operand.shape is not None else None
+    required = {"name": operand.name, "dtype": operand.dtype, "shape": shape}
+    return required | {name: value for name, value in known.items() if value is not None}
+
+
+def told_by(operation: FailedOperation) -> str | None:
+    """Which rule tells of the crash, where it is in a custom function: the reader is told once, by the rule that knows
+    of the function."""
+    function = operation.function
+    return "AMP205" if function is not None and function.cast_inputs is None else None
+
+
+def no_kernel(operation: FailedOperation) -> str:
+    dtype = next(iter(operation.dtypes), "low precision")
+    return f"{operation.op or 'an operation'} has no kernel for {dtype}"
+
+
+def sites_of(failure: Failure, operation: FailedOperation, *more: Site | None) -> tuple[Site, ...]:
+    """The raise line, the lines that made the operands, and ``more``."""
+    return places((*failure.sites[:1], *operation.producers, *more))
+
+
+def cast_fix(operation: FailedOperation, why: Why) -> str:
+    """Up to two ways out for operands that do not agree, in the names of this crash."""
+    if why.fix:
+        return why.fix
+    operands, function = operation.operands, operation.function
+    low = [operand for operand in operands if operand.dtype in LOW_PRECISION]
+    high = [operand for operand in operands if operand.dtype not in LOW_PRECISION]
+    device = device_type(operands) or "cuda"
+    if why.reason == "custom-function" and function is not None:
+        return function_fix(function, device)
+    if why.reason == "parameter-not-float32":
+        cast = next((operand.name for operand in high if not operand.stored), "the input")
+        weight = next(operand.name for operand in low if operand.stored)
+        casting = f"`{cast}.to({attribute(weight)}.dtype)`"
+        return f"Keep {weight} float32 and let autocast cast it, or cast the input: {casting}."
+    casting = _cast_call(low, high)
+    if why.reason == "autocast-disabled-here":
+        return f"{casting}, or leave the region{place(why.site)} out so that autocast casts for it."
+    if why.reason == "float64-operand":
+        double = [operand.name for operand in operands if operand.dtype == "float64"]
+        return (
+            "Cast to float32 before it, or where it is made: " + ", ".join(f"`{name}.float()`" for name in double) + "."
+        )
+    if why.reason == "autocast-never-entered":
+        entered = next((operand.dtype for operand in low if not operand.stored), "float16")
+        casting = casting[:1].lower() + casting[1:]
+        return f"Run it inside `with torch.autocast({device!r}, dtype=torch.{entered}):`, or {casting}."
+    if why.reason == "other-thread":
+        return f"Enter `torch.autocast({device!r}, ...)` inside the function that the thread runs."
+    return f"{casting}."
+
+
+def _cast_call(low: Sequence[FailedOperand], high: Sequence[FailedOperand]) -> str:
+    """Cast what is easily cast: the activations to float32, or the tensor that was forgotten among casts."""
+    stored = [operand for operand in high if operand.stored]
+    if stored and any(operand.expression is not None for operand in low):
+        names = " and ".join(attribute(operand.name) for operand in stored)
+        like = next((operand.name for operand in low if operand.expression is None), "x")
+        return f"Cast {names} as the others are: `.to({like}.dtype)`"
+    made = [operand.name for operand in low if not operand.stored and not operand.library]
+    if made:
+        return "Cast to float32 before it: " + ", ".join(f"`{name}.float()`" for name in made)
+    return "Give all operands one dtype before it"
+
+
+def function_fix(function: CustomFunction, device: str) -> str:
+    """The decorators a custom function needs."""
+    if function.setup_context:
+        return (
+            f"Make `{function.name}.forward` take `ctx` (drop `setup_context`) and decorate it with "
+            f"`@torch.amp.custom_fwd(device_type={device!r}, cast_inputs=torch.float32)`."
+        )
+    if function.method == "backward":
+        return (
+            f"Decorate `{function.name}.forward` with `@torch.amp.custom_fwd(device_type={device!r})` and its "
+            f"`backward` with `@torch.amp.custom_bwd(device_type={device!r})`."
+        )
+    return (
+        f"Decorate `{function.name}.forward` with `@torch.amp.custom_fwd(device_type={device!r}, "
+        f"cast_inputs=torch.float32)` and its `backward` with `@torch.amp.custom_bwd(device_type={device!r})`."
+    )

@@ -1,0 +1,170 @@
+"""Failures of dtypes: operations that died of the tensors they were given, and the call of ``autocast`` itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ampcheck.trace.site import Site
+
+AutocastFault = Literal[
+    "device-keyword",
+    "device-type-keyword",
+    "unexpected-keyword",
+    "no-device-type",
+    "device-not-a-string",
+    "dtype-not-a-dtype",
+    "unknown-device",
+    "wrong-arguments",
+]
+
+
+@dataclass(frozen=True)
+class AutocastCall:
+    """A call of ``autocast`` that failed for ``argument``. ``corrected`` is what to write in its place: the call, or
+    with ``replaces`` the mapping (or ``partial``) that held the argument.
+
+    ``allowed`` are the arguments it takes, ``type`` is that of a value which must be of another one, ``device`` what
+    the message calls unknown. ``call`` and ``site`` are the call in the source, ``value`` the argument as it stands
+    there, ``deprecated`` the old name it was called by; ``kwargs_variable`` names the mapping, and ``kwargs_site`` is
+    where it was written.
+    """
+
+    reason: AutocastFault
+    argument: str
+    corrected: str
+    replaces: Literal["call", "kwargs"] = "call"
+    allowed: tuple[str, ...] | None = None
+    type: str | None = None
+    device: str | None = None
+    call: str | None = None
+    site: Site | None = None
+    value: str | None = None
+    deprecated: str | None = None
+    kwargs_variable: str | None = None
+    kwargs_site: Site | None = None
+
+
+@dataclass(frozen=True)
+class Producer:
+    """What made a tensor: the call of ``module`` or, where that is ``None``, the expression ``code``."""
+
+    module: str | None
+    code: str
+    site: Site
+
+
+@dataclass(frozen=True)
+class FailedOperand:
+    """A tensor that the operation was given. ``name`` is the qualified name of the parameter or buffer it is (by
+    ``stored``), else the user's variable or expression, else a word of the message.
+
+    ``device`` is ``None`` where the message alone tells of it, ``role`` the name of the argument, ``expression`` the
+    cast in the failing line that gave it its dtype. ``library`` says that it is known inside installed code alone.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None = None
+    device: str | None = None
+    role: str | None = None
+    expression: str | None = None
+    stored: Literal["parameter", "buffer"] | None = None
+    library: bool = False
+    producer: Producer | None = None
+
+    @property
+    def device_type(self) -> str | None:
+        return self.device.partition(":")[0] if self.device else None
+
+
+@dataclass(frozen=True)
+class SourceRegion:
+    """An autocast region around the crash as the source tells of it. ``None``: it does not."""
+
+    device_type: str | None
+    enabled: bool | None
+    site: Site
+
+
+@dataclass(frozen=True)
+class CustomFunction:
+    """A custom ``autograd.Function``. ``method`` is the one that failed and ``module`` the one whose tensors it works
+    on, where the frames tell."""
+
+    name: str
+    method: Literal["forward", "backward"] | None = None
+    site: Site | None = None
+    custom_fwd: bool = False
+    custom_bwd: bool = False
+    cast_inputs: str | None = None
+    setup_context: bool = False
+    device_types: tuple[str, ...] = ()
+    module: str | None = None
+
+
+@dataclass(frozen=True)
+class FailedOperation:
+    """An operation that died of the dtypes it was given. ``dtypes`` are those the message names, ``producers`` the
+    lines that made what it was given.
+
+    ``op`` is its name in the dispatcher or in the message, ``expression`` the source; ``custom`` says that it is not
+    PyTorch's own, ``autocast_rule`` whether autocast has one for it (``None``: not to be told), ``in_place`` and
+    ``out`` where it writes to. ``regions`` are the autocast regions around it in the source, innermost first, where
+    ``opaque_regions`` says that another context manager may be one too; ``thread``, that it ran in another thread.
+    """
+
+    dtypes: tuple[str, ...] = ()
+    operands: tuple[FailedOperand, ...] = ()
+    producers: tuple[Site, ...] = ()
+    op: str | None = None
+    expression: str | None = None
+    custom: bool = False
+    autocast_rule: bool | None = None
+    in_place: bool = False
+    out: bool = False
+    regions: tuple[SourceRegion, ...] = ()
+    opaque_regions: bool = False
+    thread: bool = False
+    function: CustomFunction | None = None
+
+
+@dataclass(frozen=True)
+class OperationFailure:
+    """A failure that one operation is to blame for."""
+
+    operation: FailedOperation
+
+
+@dataclass(frozen=True)
+class DtypeMismatch(OperationFailure):
+    """Operands of different dtypes met. ``promotes``: autocast itself refused to bring them to one dtype."""
+
+    promotes: bool = False
+
+
+@dataclass(frozen=True)
+class InPlaceDtype(OperationFailure):
+    """The target and the source of a write differ in dtype."""
+
+
+@dataclass(frozen=True)
+class OpNotImplemented(OperationFailure):
+    """An operation has no kernel for a dtype."""
+
+
+@dataclass(frozen=True)
+class NoNumpyDtype(OperationFailure):
+    """NumPy has no such dtype."""
+
+
+@dataclass(frozen=True)
+class CustomFunctionState:
+    """``custom_bwd`` misses what ``custom_fwd`` would have recorded."""
+
+    function: CustomFunction
+
+
+@dataclass(frozen=True)
+class UnsafeLoss:
+    """A loss that autocast refuses to run in low precision."""

@@ -1,0 +1,67 @@
+"""Failures of a gradient scaler, and of an optimizer under one. ``optimizer`` is the type's name, where it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ampcheck.trace.site import Site
+
+WithoutGradient = Literal["frozen", "not-the-models", "no-gradient"]
+Disorder = Literal["unscaled-twice", "unscaled-late", "stepped-twice", "never-scaled", "early-update"]
+
+
+@dataclass(frozen=True)
+class LowPrecisionGradients:
+    """The scaler met float16 gradients: those of ``parameters``, of the ``optimized`` ones that the optimizer holds.
+    ``cast`` is the line that made them float16, where there is just one."""
+
+    optimizer: str | None = None
+    optimized: int = 0
+    parameters: tuple[str, ...] = ()
+    cast: Site | None = None
+
+
+@dataclass(frozen=True)
+class MissingGradients:
+    """None of the ``optimized`` parameters has a gradient: their names by the reason, and how many parameters that the
+    optimizer does not hold have one."""
+
+    optimizer: str | None = None
+    optimized: int = 0
+    without_gradient: Mapping[WithoutGradient, tuple[str, ...]] = field(default_factory=dict)
+    gradients_elsewhere: int = 0
+
+
+@dataclass(frozen=True)
+class ScalerOrder:
+    """The scaler's methods were called in an order that it refuses."""
+
+    reason: Disorder
+    optimizer: str | None = None
+
+
+@dataclass(frozen=True)
+class ScalerArgument:
+    """The scaler, or its ``step``, was given an argument that it does not take, or an ``init_scale`` that is no number
+    (``value``)."""
+
+    argument: str
+    value: str | None = None
+    scaler: str = "GradScaler"
+
+
+@dataclass(frozen=True)
+class ScalerWithoutBfloat16:
+    """The scaler has no kernel for bfloat16 gradients."""
+
+
+@dataclass(frozen=True)
+class FusedOptimizerClipping:
+    """The host refuses to clip gradients that the optimizer unscales itself."""
+
+
+@dataclass(frozen=True)
+class FirstStepSkipped:
+    """A scheduler's warning, raised: it was stepped before the optimizer was."""
