@@ -131,11 +131,16 @@ def _fault(said: Mapping[str, str | None], call: _Call | None, entries: Mapping[
 
 
 def _calls(frame: Frame) -> Iterable[_Call]:
-    calls = [node for node in expressions_at(frame) if isinstance(node, ast.Call)]
+    calls = [one for node in expressions_at(frame) for one in _entered(node) if isinstance(one, ast.Call)]
     # A line can hold several calls; the autocast-like ones come first, and one with other names must be alone.
     named = [node for node in calls if "autocast" in ast.unparse(node.func) or _is_autocast(read(node.func, frame))]
     for node in named or (calls if len(calls) == 1 else ()):
         yield _call_of(frame, node)
+
+
+def _entered(node: ast.AST) -> Sequence[ast.AST]:
+    """What a ``with`` statement enters: entering it may be what failed. Else ``node`` itself."""
+    return [item.context_expr for item in node.items] if isinstance(node, (ast.With, ast.AsyncWith)) else [node]
 
 
 def _is_autocast(function: Any) -> bool:

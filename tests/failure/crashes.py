@@ -299,7 +299,7 @@ def scheduler_warning_raised() -> None:
         scheduler.step()
 
 
-@crash(AutocastCall, reason="dtype-not-a-dtype", argument="dtype", type="str", replaces="call")
+@crash(AutocastCall, reason="dtype-not-a-dtype", argument="dtype", type="str", value="'float16'", replaces="call")
 def autocast_dtype_string() -> None:
     with torch.autocast("cpu", dtype="float16"):  # type: ignore[arg-type]
         pass
