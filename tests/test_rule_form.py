@@ -19,7 +19,8 @@ SECTIONS = ["What it does", "Why is this bad?", "Example", "Use instead", "Refer
 HOSTS = ("lightning", "mmengine", "ultralytics", "timm")
 WRONG_ADVICE = ("inplace=False", "downgrade", "fp16 = None", "autocast(device=", "amp.autocast(device_type")
 FOLDER = Path(ampcheck.rules.__file__).parent
-MODULES = sorted(info.name for info in pkgutil.iter_modules([str(FOLDER)]) if not info.name.startswith("_"))
+# What a rule is, and how rules are judged, lie beside them.
+MODULES = sorted({m.name for m in pkgutil.iter_modules([str(FOLDER)]) if m.name[0] != "_"} - {"rule", "judging"})
 
 each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)
 

@@ -43,14 +43,14 @@ def unscaled_backward(trace: Trace) -> Iterator[Evidence]:
     for index, call in enumerate(calls):
         if call.op != "backward" or call.scaled is not False or call.site in seen:
             continue
-        divided = {one for later in calls[index:] if later.op in ("step", "unscale") for one in later.optimizers}
-        if not divided.intersection(call.optimizers):
+        own = set(call.optimizers)
+        divided = [c for c in calls[index:] if c.op in ("step", "unscale") and own.intersection(c.optimizers)]
+        if not divided:
             continue
         seen.add(call.site)
-        step = next(c for c in calls[index:] if c.op in ("step", "unscale") and divided.intersection(c.optimizers))
         yield Evidence(
             f"The loss backpropagated{place(call.site)} was not scaled, and the scaler divides its gradients by the "
-            f"loss scale{place(step.site)}.",
-            sites=places([call.site, step.site]),
+            f"loss scale{place(divided[0].site)}.",
+            sites=places([call.site, divided[0].site]),
             data={"reason": "never-scaled"},
         )

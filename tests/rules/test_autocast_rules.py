@@ -30,10 +30,35 @@ from ampcheck.trace import Environment, Host, ScalerInfo, StepTrace
 
 UNDECLARED = Precision()
 TRUE32 = Precision("true", "cuda", "float32", False, "precision='32-true'")
+EMULATED = Environment("2.15.0", {("cuda", "bfloat16"): False, ("cuda", "float16"): True})
+FAULTY = Environment("2.4.1", autocast_cache_fault=True)
+OLD = "torch.cuda.amp.autocast"
 
 
 def off(*regions, **more) -> StepTrace:
     return step(None, *regions, **more)
+
+
+def twice(*order: bool, **more) -> StepTrace:
+    """Two passes inside one region, with gradients or without."""
+    return step(calls=tuple(made for grad in order for made in calls("float16", grad=grad, **more)))
+
+
+PAIRS = (
+    ("AMP101", trace(training=off()), trace()),
+    ("AMP103", trace(training=off(region("cpu"))), trace(training=step("float16", region("cuda:0")))),
+    ("AMP104", trace(precision=BF16), trace(precision=BF16, training=step("bfloat16"))),
+    ("AMP105", trace(evaluation=off()), trace()),
+    ("AMP106", trace(training=step(ops=(op("backward"),))), trace(training=step(ops=(op("backward", dtype=None),)))),
+    ("AMP107", trace(precision=BF16, training=step("bfloat16"), environment=EMULATED), trace(environment=EMULATED)),
+    ("AMP108", trace(training=step("float16", region(deprecated=OLD))), trace()),
+    (
+        "AMP109",
+        trace(training=twice(False, True), environment=FAULTY),
+        trace(training=twice(True, False), environment=FAULTY),
+    ),
+    ("AMP110", trace(training=step(calls=(call("stem"), call("head", None, None)))), trace()),
+)
 
 
 @pytest.mark.parametrize("precision", [FP16, UNDECLARED], ids=["declared", "undeclared"])
@@ -265,10 +290,8 @@ class TestAutocastAroundBackward:
 
 
 class TestPrecisionUnsupported:
-    EMULATED = Environment("2.15.0", {("cuda", "bfloat16"): False, ("cuda", "float16"): True})
-
     def test_in_force(self):
-        facts = {"precision": BF16, "scaler": None, "evaluation": None, "environment": self.EMULATED}
+        facts = {"precision": BF16, "scaler": None, "evaluation": None, "environment": EMULATED}
         seen = only(trace(training=step("bfloat16"), **facts))
         assert (seen.code, seen.severity) == ("AMP107", WARNING)
         assert seen.fix.startswith("Use float16 with a gradient scaler, which this cuda device computes natively")
@@ -286,22 +309,20 @@ class TestPrecisionUnsupported:
         assert seen.fix.startswith(fix)
 
     def test_native_or_unknown(self):
-        assert found(trace(environment=self.EMULATED)) == {}
+        assert found(trace(environment=EMULATED)) == {}
         assert found(trace(precision=BF16, scaler=None, training=step("bfloat16"), evaluation=None)) == {}
 
     def test_whole_model_in_the_dtype(self):
         precision = Precision("true", "cuda", "bfloat16")
-        facts = {"scaler": None, "training": off(), "evaluation": None, "environment": self.EMULATED}
+        facts = {"scaler": None, "training": off(), "evaluation": None, "environment": EMULATED}
         assert found(trace(precision=precision, model=model(dict.fromkeys(["a", "b"], "bfloat16")), **facts)) == {
             "AMP107": WARNING
         }
 
 
 class TestDeprecatedAmpApi:
-    OLD = "torch.cuda.amp.autocast"
-
     def test_region(self):
-        entered = region(deprecated=self.OLD), region(deprecated=self.OLD, index=1, line=30)
+        entered = region(deprecated=OLD), region(deprecated=OLD, index=1, line=30)
         finding = only(trace(training=step("float16", *entered)))
         assert (finding.code, finding.severity) == ("AMP108", INFO)
         assert finding.message == "The deprecated torch.cuda.amp.autocast was entered at train.py:12 and 1 other line."
@@ -310,7 +331,7 @@ class TestDeprecatedAmpApi:
         assert found(trace(training=step("float16", region()))) == {}
 
     def test_region_of_a_library(self):
-        assert found(trace(training=step("float16", region(deprecated=self.OLD, by_user=False)))) == {}
+        assert found(trace(training=step("float16", region(deprecated=OLD, by_user=False)))) == {}
 
     def test_scaler(self):
         old = dataclasses.replace(SCALER, deprecated="torch.cuda.amp.GradScaler")
@@ -319,55 +340,50 @@ class TestDeprecatedAmpApi:
 
 
 class TestAutocastCacheUnderNoGrad:
-    FAULTY = Environment("2.4.1", autocast_cache_fault=True)
-
-    def twice(self, *order: bool, **more) -> StepTrace:
-        return step(calls=tuple(made for grad in order for made in calls("float16", grad=grad, **more)))
-
     def test_without_gradients_first(self):
-        finding = only(trace(training=self.twice(False, True), environment=self.FAULTY))
+        finding = only(trace(training=twice(False, True), environment=FAULTY))
         assert (finding.code, finding.severity) == ("AMP109", ERROR)
         assert finding.message.startswith("The weights of 2 modules get no gradient: stem and head ran")
         assert finding.sites == (site(),)
 
     def test_version_without_the_fault(self):
-        assert found(trace(training=self.twice(False, True))) == {}
+        assert found(trace(training=twice(False, True))) == {}
 
     @pytest.mark.parametrize("order", [(True, False), (True, False, True), (True, True), (False, False)])
     def test_other_orders(self, order):
-        assert found(trace(training=self.twice(*order), environment=self.FAULTY, evaluation=None)) == {}
+        assert found(trace(training=twice(*order), environment=FAULTY, evaluation=None)) == {}
 
     def test_cache_off(self):
-        assert found(trace(training=self.twice(False, True, cache=False), environment=self.FAULTY)) == {}
+        assert found(trace(training=twice(False, True, cache=False), environment=FAULTY)) == {}
 
     def test_cache_cleared(self):
-        training = dataclasses.replace(self.twice(False, True), cache_cleared=True)
-        assert found(trace(training=training, environment=self.FAULTY)) == {}
+        training = dataclasses.replace(twice(False, True), cache_cleared=True)
+        assert found(trace(training=training, environment=FAULTY)) == {}
 
     def test_regions_of_their_own(self):
         separate = (*calls("float16", 0, grad=False), *calls("float16", 1))
         training = step("float16", region(), region(index=1), calls=separate)
-        assert found(trace(training=training, environment=self.FAULTY)) == {}
+        assert found(trace(training=training, environment=FAULTY)) == {}
 
     def test_nested_in_one_region(self):
         nested = (*calls("float16", 1, grad=False), *calls("float16", 2))
         regions = region(), region(index=1, outer=0), region(index=2, outer=0)
         training = step("float16", *regions, calls=nested)
-        assert found(trace(training=training, environment=self.FAULTY)) == {"AMP109": ERROR}
+        assert found(trace(training=training, environment=FAULTY)) == {"AMP109": ERROR}
 
     def test_modules_whose_weights_autocast_does_not_cast(self):
         norms = model({"stem.bias": "float32", "head.bias": "float32"})
-        facts = {"environment": self.FAULTY, "optimizers": ()}
-        assert found(trace(training=self.twice(False, True), model=norms, **facts)) == {}
+        facts = {"environment": FAULTY, "optimizers": ()}
+        assert found(trace(training=twice(False, True), model=norms, **facts)) == {}
         one = model({"stem.bias": "float32", "head.weight": "float32"})
-        assert only(trace(training=self.twice(False, True), model=one, **facts)).module == "head"
+        assert only(trace(training=twice(False, True), model=one, **facts)).module == "head"
         embedding = tuple(dataclasses.replace(call("head", grad=grad), outputs=("float32",)) for grad in (False, True))
         assert found(trace(training=step(calls=embedding), **facts)) == {}
 
     def test_frozen_parameters(self):
         frozen = model(frozen=("stem.weight", "stem.bias", "head.weight"))
-        training = self.twice(False, True)
-        assert found(trace(training=training, model=frozen, environment=self.FAULTY)) == {}
+        training = twice(False, True)
+        assert found(trace(training=training, model=frozen, environment=FAULTY)) == {}
 
 
 class TestModuleOutsideAutocast:

@@ -20,6 +20,27 @@ def held(dtype: str) -> tuple[OptimizerInfo, ...]:
     return (OptimizerInfo("SGD", 3, 3, {dtype: 3}),)
 
 
+LOW = Operand("float16", (8, 64))
+POSITION = Operand("float32", (64,), "head.position")
+
+PAIRS = (
+    ("AMP201", trace(model=model(HALF), optimizers=held("float16")), trace()),
+    ("AMP202", trace(model=model(NET | {"stem.weight": "float16"})), trace(model=model(HALF))),
+    ("AMP204", trace(model=model(NET | {"head.weight": "float64"})), trace()),
+    (
+        "AMP208",
+        trace(training=step(ops=(op("add", LOW, POSITION),))),
+        trace(training=step(ops=(op("add", LOW, dataclasses.replace(POSITION, dtype="float16")),))),
+    ),
+    (
+        "AMP210",
+        trace(training=step(ops=(op("binary_cross_entropy"),))),
+        trace(training=step(ops=(op("binary_cross_entropy", dtype=None),))),
+    ),
+    ("AMP211", trace(averaged=model(HALF)), trace(averaged=model())),
+)
+
+
 class TestLowPrecisionParameters:
     def test_float16_under_a_scaler(self):
         finding = only(trace(model=model(HALF), optimizers=held("float16")))
@@ -116,13 +137,11 @@ class TestDoublePrecision:
 
 
 class TestSilentPromotion:
-    X = Operand("float16", (8, 64))
-
     def ops(self, *operands, **more):
         return trace(training=step(ops=(op("add", *operands, **more),)))
 
     def test_parameter(self):
-        finding = only(self.ops(self.X, Operand("float32", (64,), "head.position")))
+        finding = only(self.ops(LOW, POSITION))
         assert (finding.code, finding.severity, finding.module) == ("AMP208", INFO, "head")
         assert finding.message == (
             "head.position (in add at train.py:20) turned low-precision activations back into float32."
@@ -131,7 +150,7 @@ class TestSilentPromotion:
 
     def test_several_are_one_finding(self):
         position, token = (Operand("float32", (64,), name) for name in ("position", "token"))
-        ops = op("add", self.X, position), op("cat", token, self.X, line=21), op("add", self.X, position, line=22)
+        ops = op("add", LOW, position), op("cat", token, LOW, line=21), op("add", LOW, position, line=22)
         finding = only(trace(training=step(ops=ops)))
         assert finding.message.startswith("position (in add at train.py:20) and token (in cat at train.py:21) turned")
         assert finding.evidence["tensors"]["token"] == {"op": "cat", "module": "head"}
@@ -146,14 +165,13 @@ class TestSilentPromotion:
         ids=["cast", "no tensor of the model", "scalar"],
     )
     def test_look_alikes(self, operand):
-        assert found(self.ops(self.X, operand)) == {}
+        assert found(self.ops(LOW, operand)) == {}
 
     def test_autocast_off(self):
-        position = Operand("float32", (64,), "head.position")
-        assert found(self.ops(self.X, position, dtype=None)) == {}
+        assert found(self.ops(LOW, POSITION, dtype=None)) == {}
 
     def test_whole_model_meant_to_be_low(self):
-        training = step(None, ops=(op("add", self.X, Operand("float32", (64,), "head.position"), dtype=None),))
+        training = step(None, ops=(op("add", LOW, POSITION, dtype=None),))
         facts = {"precision": TRUE_HALF, "model": model(HALF), "optimizers": held("float16"), "scaler": None}
         assert found(trace(training=training, evaluation=None, **facts)) == {"AMP208": WARNING}
 

@@ -33,6 +33,9 @@ def run(training: StepTrace, *policies: Policy, **facts: Any) -> Trace:
     return trace(model=sharded(*policies), training=training, **{**default, **facts})
 
 
+PAIRS = (("AMP111", run(ran("bfloat16", "float32"), ROOT, HEAD), run(ran("bfloat16", "bfloat16"), ROOT, HEAD)),)
+
+
 def test_policy_for_the_whole_model() -> None:
     assert found(run(ran("bfloat16", "bfloat16"), ROOT)) == {}
 
