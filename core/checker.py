@@ -21,6 +21,7 @@ from rich.text import Text
 from torch import nn
 
 from ampcheck.failure import examine
+from ampcheck.observe.again import FailedAgain
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
@@ -43,9 +44,9 @@ from ampcheck.report.teller import Emit, Line, Teller
 from ampcheck.report.text import NAME, fit_line, step_line
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
-from ampcheck.rules.rule import Finding, Severity
+from ampcheck.rules.rule import Edit, Finding, Severity
 from ampcheck.run import Held, Run
-from ampcheck.trace import Failure, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, Seen, Trace
+from ampcheck.trace import Failure, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, Trace
 
 _DIAGNOSED = "_ampcheck_diagnosed"
 _NOTHING = contextlib.nullcontext()
@@ -249,36 +250,50 @@ class AmpChecker:
             # A step that died is no watched step, but what it showed explains the failure.
             seen = [one for one in (run.died, *(step.seen() for step in run.open)) if one is not None]
             run.died = None
+            again: FailedAgain | None = None
             fault: Exception | None = None
             unexplained = failure.of_the_graph or (failure.facts is not None and not seen)
             if unexplained and failure.phase in ("forward", "backward"):
                 try:
                     again = self._failing_again(error, failure, batch)
-                    seen += [again] if again is not None else []
+                    seen += [again.seen] if again is not None else []
                 except Exception as own:  # noqa: BLE001 - what is known without a replay is told first
                     fault = bare(own)
             trace = replace(run.trace, failure=failure)
             for one in seen:
                 trace = trace.showing(one)
-            self._tell_failure(error, trace)
+            self._tell_failure(error, trace, functools.partial(self._runs_with, error, batch, again))
             if fault is not None:
                 self.switch_off(fault)
         except Exception as fault:  # noqa: BLE001 - the user's exception stays in front, whatever happens to ours
             self.switch_off(fault)
 
-    def _failing_again(self, error: Exception, failure: Failure, batch: Rerun | None) -> Seen | None:
+    def _failing_again(self, error: Exception, failure: Failure, batch: Rerun | None) -> FailedAgain | None:
         """What a replay shows of the failing batch or, of a plain loop, of its own statements."""
         again = self._run.again()
         if again is None:
             return None
+        return again.failing(error, self._failed_steps(error, batch), lambda graph: _explains(graph, failure))
+
+    def _failed_steps(self, error: Exception, batch: Rerun | None) -> Iterable[Rerun]:
         if batch is not None:
-            steps: Iterable[Rerun] = (batch,)
-        elif self._run.trace.host is not None:
+            return (batch,)
+        if self._run.trace.host is not None:
             # A host runs its own loop; the source of a plain one says what it does.
-            steps = ()
-        else:
-            steps = itertools.islice(of_traceback(error.__traceback__), _MOST_RERUNS)
-        return again.failing(error, steps, lambda graph: _explains(graph, failure))
+            return ()
+        return itertools.islice(of_traceback(error.__traceback__), _MOST_RERUNS)
+
+    def _runs_with(self, error: Exception, batch: Rerun | None, failed: FailedAgain | None, edit: Edit) -> bool | None:
+        """Whether the failing step runs with an edit; ``None`` where that cannot be tried."""
+        again = self._run.again()
+        if again is None or failed is None:
+            return None
+        try:
+            steps = functools.partial(self._failed_steps, error, batch)
+            return again.runs_with((edit.file, edit.line, edit.before, edit.after), steps, failed)
+        except Exception as fault:  # noqa: BLE001 - the remedy is then one that was not tried
+            bare(fault)
+            return None
 
     def _suspected(self, step: WatchedStep, frame: FrameType) -> None:
         """Backward may have used a stale tensor that PyTorch did not notice: a replay shows whether it did."""
@@ -297,8 +312,9 @@ class AmpChecker:
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
-    def _tell_failure(self, error: Exception, trace: Trace) -> None:
+    def _tell_failure(self, error: Exception, trace: Trace, runs_with: Callable[[Edit], bool | None]) -> None:
         findings, not_judged = judge(trace, self._rules)
+        findings = tuple(_tried(finding, runs_with) for finding in findings)
         self._run.report = report = Report(trace, findings, not_judged)
         crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
         if trace.failure is not None and trace.failure.facts is not None:
@@ -427,3 +443,11 @@ def _explains(graph: GraphTrace, failure: Failure) -> bool:
     if isinstance(failure.facts, SavedTensorModified):
         return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
     return bool(graph.cut) if isinstance(failure.facts, NoGraph) else True
+
+
+def _tried(finding: Finding, runs_with: Callable[[Edit], bool | None]) -> Finding:
+    """``finding`` with its remedy tried, and without it where the step does not run with it."""
+    tried = runs_with(finding.edit) if finding.edit is not None else None
+    if tried is False:
+        return replace(finding, fix="", edit=None, tried=False)
+    return replace(finding, tried=tried) if tried else finding

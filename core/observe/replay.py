@@ -50,10 +50,10 @@ _NUMBERS = re.compile(r"\d+")
 @dataclass(frozen=True)
 class Replay(Generic[T]):
     """How a replay went: what was seen (``None``: there was no replay, or memory ran out), whether it failed in the
-    same way, and both in words."""
+    same way or, where nothing had failed, ran, and both in words."""
 
     seen: T | None
-    failed_again: bool
+    went_alike: bool
     said: str
 
 

@@ -16,6 +16,7 @@ from ampcheck.observe.probes.containment import bare, undo
 from ampcheck.observe.probes.dispatch import DispatchProbe
 from ampcheck.observe.probes.extension_ops import ExtensionOps
 from ampcheck.observe.probes.graph import GraphProbe
+from ampcheck.observe.probes.losses import LossProbe
 from ampcheck.observe.probes.modules import ModuleProbe
 from ampcheck.observe.probes.saved_tensors import graph_trace
 from ampcheck.observe.probes.scaler import ScalerProbe
@@ -24,7 +25,7 @@ from ampcheck.trace import GraphTrace, ModelInfo, Phase, Seen, StepTrace, descri
 
 Ended = Callable[["WatchedStep", BaseException | None], None]
 Suspected = Callable[["WatchedStep", FrameType], None]
-Probe = AliasProbe | AutocastProbe | ModuleProbe | GraphProbe | ScalerProbe | DispatchProbe | ExtensionOps
+Probe = AliasProbe | AutocastProbe | ModuleProbe | GraphProbe | ScalerProbe | DispatchProbe | LossProbe | ExtensionOps
 
 
 class WatchedStep:
@@ -68,12 +69,14 @@ class WatchedStep:
             self._aliases = AliasProbe(modules)
             self._graph = GraphProbe(model, device_type, self._autocast, modules, self._aliases, notify)
             self._scaler = ScalerProbe()
+        self._losses: LossProbe | None = None
         extensions: ExtensionOps | None = None
         if replayed:
             self._dispatch = DispatchProbe(model, lambda: modules.current)
+            self._losses = LossProbe()
             extensions = ExtensionOps(self._dispatch)
-        probes = (self._autocast, modules, self._aliases, self._graph, self._scaler, self._dispatch, extensions)
-        self._probes = [probe for probe in probes if probe is not None]
+        optional = (self._aliases, self._graph, self._scaler, self._dispatch, self._losses, extensions)
+        self._probes = [self._autocast, modules, *(probe for probe in optional if probe is not None)]
         self._to_enter = [probe for probe in self._probes if probe is not autocast]
         self._complete = not compiled
         self._fault: Exception | None = None
@@ -123,6 +126,11 @@ class WatchedStep:
     def scaler(self) -> torch.amp.GradScaler | None:
         """The gradient scaler that the step used so far."""
         return self._scaler.used if self._scaler is not None else None
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """What the backward passes of a replayed step began with."""
+        return tuple(self._losses.values) if self._losses is not None else ()
 
     @property
     def failure(self) -> BaseException | None:

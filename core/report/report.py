@@ -16,7 +16,7 @@ from typing import Any
 from rich.text import Text
 
 from ampcheck.report.text import render
-from ampcheck.rules.rule import Finding, Severity
+from ampcheck.rules.rule import Edit, Finding, Severity
 from ampcheck.source.lines import short_path
 from ampcheck.trace import Comparison, ModuleCall, Site, Trace
 from ampcheck.version import __version__
@@ -116,7 +116,13 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "evidence": dict(finding.evidence),
         "fix": finding.fix,
         "host_fix": finding.host_fix,
+        **({} if finding.edit is None else {"edit": _edit(finding.edit)}),
+        **({} if finding.tried is None else {"tried": finding.tried}),
     }
+
+
+def _edit(edit: Edit) -> dict[str, Any]:
+    return asdict(edit) | {"file": short_path(edit.file)}
 
 
 def _site(site: Site) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def render_finding(finding: Finding, trace: Trace) -> Text:
     if finding.fix:
         text.append("\n   fix   ", "bold green")
         text.append(finding.fix)
+        if finding.tried:
+            text.append(" Tried on this batch: the step then runs.")
     if finding.host_fix and trace.host:
         text.append(f"\n   {trace.host.name:<5} ", "bold green")
         text.append(finding.host_fix)

@@ -3,18 +3,16 @@
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from ampcheck.rules._edits import copied_argument, out_of_place
 from ampcheck.rules._words import be, count, place, places, some
+from ampcheck.rules.rule import Edit
 from ampcheck.trace import SavedTensorModified, Site, StaleTensor, Trace, Write
 
 Cause = Literal["write", "optimizer", "buffer"]
 
-_AUGMENTED = re.compile(r"^([\w.]+(?:\[.*?\])?)\s*(\+|-|\*|/|//|%|\*\*|@|&|\||\^)=\s*(.+)$")
-_INDEXED = re.compile(r"^([\w.]+)\[.*?\]\s*(?:[-+*/%@&|^]|\*\*|//)?=(?!=)")
 _COMMENT = re.compile(r"\s+#[^'\"]*$")
-_NO_TWIN = re.compile("bernoulli|cauchy|copy|exponential|fill|geometric|log_normal|normal|random|set|uniform|zero")
-_METHOD = re.compile(r"\.(\w*[a-z\d])_\(")
 
 
 def found_by_pytorch(trace: Trace) -> tuple[StaleTensor, ...]:
@@ -136,41 +134,58 @@ def statement(site: Site) -> str:
     return _COMMENT.sub("", site.code).rstrip(";, ")
 
 
-def ways_out(write: Write | None, stale: StaleTensor) -> str | None:
-    """At most two: what to change in the line that writes."""
+class Remedy(NamedTuple):
+    """A fix in words, and as a line where it is one."""
+
+    fix: str | None = None
+    edit: Edit | None = None
+
+
+def remedy(trace: Trace, stale: StaleTensor) -> Remedy:
+    """What to change in the line that overwrote a saved tensor."""
+    write = stale.writes[0] if stale.writes else None
     if write is None or write.site is None:
-        return None
-    # `levels[i] += x` writes to a whole tensor of a list, `x[i] += y` to a part of a tensor.
-    return out_of_place(write.site, plain_op(write.op), write.library, whole=write.shape == stale.shape)
-
-
-def out_of_place(site: Site, op: str, library: Site | None = None, *, whole: bool = False) -> str:
-    """How to say the line of ``site`` without a write."""
-    code = statement(site)
-    if re.search(r"\binplace\s*=\s*True", code):
-        return f"Drop `inplace=True` at {site}."
-    augmented = _AUGMENTED.match(code)
-    if augmented and (whole or "[" not in augmented[1]):
-        target, operator, value = augmented.groups()
-        return f"Write `{target} = {target} {operator} {_operand(value)}` at {site}."
-    indexed = _INDEXED.match(code)
-    if indexed:
-        target = indexed[1].removesuffix(".data")
-        return (
-            f"Write to a copy: `{target} = {target}.clone()` before {site}, or build the result with `torch.where` or "
-            "`torch.cat`."
+        return Remedy()
+    if stale.name:
+        # What writes to a parameter means to.
+        return Remedy(
+            f"Move the write to {stale.name} at {write.site} behind the `backward()` that uses it, inside `with "
+            "torch.no_grad():`."
         )
-    method = _METHOD.search(code)
-    if method and not _NO_TWIN.fullmatch(method[1]):
-        spelled = f"torch.{method[1]}" if method[1].startswith("_foreach") else f".{method[1]}"
-        return f"Use `{spelled}(...)`, without the underscore, at {site}, and go on with what it returns."
-    if re.search(r"\bout\s*=", code):
-        return f"Drop `out=` at {site}, and go on with what the call returns."
-    if method is None and site.module:
-        where = f"{site.module} ({library})" if library else site.module
-        return f"Build {where} without `inplace=True`, or give it a copy at {site}: `.clone()`."
-    return f"Make a new tensor at {site}, or write to a copy: `.clone()`."
+    # `levels[i] += x` writes to a whole tensor of a list, `x[i] += y` to a part of a tensor.
+    whole = write.shape == stale.shape
+    return without_write(trace, write.site, plain_op(write.op), write.library, whole=whole)
 
 
-def _operand(value: str) -> str:
-    return f"({value})" if re.search(r"\s(?:[-+*/%@&|^]|if|or|and)\s", value) else value
+def without_write(
+    trace: Trace, site: Site, op: str = "", library: Site | None = None, *, whole: bool = False
+) -> Remedy:
+    """How to say the line of ``site`` without a write."""
+    after = out_of_place(site.code, op, whole=whole) if site.code else None
+    if after is not None:
+        first, _, second = after.partition("\n")
+        fix = f"Write `{_COMMENT.sub('', first)}` at {site}."
+        if second:
+            fix = f"Write to a copy: put `{first}` on a line of its own before {site}."
+        return Remedy(fix, Edit(site.file, site.line, site.code, after))
+    kind = _inplace_type(trace, site.module)
+    if kind is None or site.module is None:
+        return Remedy(f"Make a new tensor at {site}, or write to a copy: `.clone()`.")
+    fix = f"Build the {kind} `{site.module}`{f' ({library})' if library else ''} with `inplace=False`"
+    after = copied_argument(site.code, site.module.rpartition(".")[2]) if site.code else None
+    if after is None:
+        return Remedy(f"{fix}.")
+    return Remedy(
+        f"{fix}, or write `{_COMMENT.sub('', after)}` at {site}.", Edit(site.file, site.line, site.code, after)
+    )
+
+
+# The types of PyTorch's and others' modules that take `inplace=`.
+_INPLACE = re.compile(r"(?i)(relu|elu|silu|swish|mish|hard(sigmoid|tanh)|threshold|drop(out|path)|activation)")
+
+
+def _inplace_type(trace: Trace, module: str | None) -> str | None:
+    """The type of a module that may have been built with ``inplace=True``."""
+    modules = trace.model.modules if trace.model is not None else ()
+    kind = next((one.type for one in modules if module and one.name == module), None)
+    return kind if kind is not None and _INPLACE.search(kind) else None

@@ -27,9 +27,20 @@ class Severity(enum.IntEnum):
 
 
 @dataclass(frozen=True)
+class Edit:
+    """A remedy that is a line: what stands there, and what to write instead (two lines where one is added)."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What a rule saw: a full sentence with the names and numbers, and where. ``data`` holds the facts behind it as
-    JSON values. ``severity`` and ``fix`` replace the rule's own where this case is milder, worse or more specific.
+    JSON values. ``severity`` and ``fix`` replace the rule's own where this case is milder, worse or more specific;
+    ``edit`` is the fix where it is a line.
     ``told_by`` is the code of the rule that says the same better, where it is judged too.
     """
 
@@ -39,12 +50,14 @@ class Evidence:
     data: Mapping[str, Any] = field(default_factory=dict)
     severity: Severity | None = None
     fix: str | None = None
+    edit: Edit | None = None
     told_by: str | None = None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule's verdict on one piece of evidence. Findings compare by value."""
+    """A rule's verdict on one piece of evidence. Findings compare by value. ``tried``: whether the step ran with the
+    ``edit`` (``None``: it was not tried)."""
 
     code: str
     name: str
@@ -55,6 +68,8 @@ class Finding:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     fix: str = ""
     host_fix: str | None = None
+    edit: Edit | None = None
+    tried: bool | None = None
     told_by: str | None = None
 
 
@@ -107,6 +122,7 @@ class Rule:
                 evidence=evidence.data,
                 fix=shown(evidence.fix) if evidence.fix else self.fix,
                 host_fix=fixes.get(self.code),
+                edit=evidence.edit,
                 told_by=evidence.told_by,
             )
 

@@ -6,8 +6,8 @@ from ampcheck.rules._stale import (
     found_by_pytorch,
     module_of,
     others_in_words,
+    remedy,
     sites_of,
-    ways_out,
     what,
 )
 from ampcheck.rules._words import sentence
@@ -63,12 +63,14 @@ def saved_tensor_modified(trace: Trace) -> Iterator[Evidence]:
     else:
         message = f"{what(first)} was modified before backward could use it, by a write that was not seen."
     write = first.writes[0] if first.writes else None
+    fix, edit = remedy(trace, first)
     yield Evidence(
         sentence(message) + others_in_words(others),
         module=module_of(first),
         sites=sites_of(first) or failure.sites[:1],
         data={**data_of(first, others), **({"op": write.op} if write else {})},
-        fix=ways_out(write, first),
+        fix=fix,
+        edit=edit,
     )
 
 

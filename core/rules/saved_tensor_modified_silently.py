@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._stale import cause, data_of, module_of, passed_by_pytorch, sites_of, ways_out, what
+from ampcheck.rules._stale import Remedy, cause, data_of, module_of, passed_by_pytorch, remedy, sites_of, what
 from ampcheck.rules._words import place, sentence
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import StaleTensor, Trace
@@ -53,12 +53,14 @@ def saved_tensor_modified_silently(trace: Trace) -> Iterator[Evidence]:
             else:
                 told[key] = stale, []
     for first, others in told.values():
+        fix, edit = _remedy(trace, first)
         yield Evidence(
             sentence(_message(first)),
             module=module_of(first),
             sites=sites_of(first),
             data={**data_of(first, others), "how": first.silent},
-            fix=_fix(first),
+            fix=fix,
+            edit=edit,
         )
 
 
@@ -71,9 +73,11 @@ def _message(stale: StaleTensor) -> str:
     return f"{what(stale)} was overwritten before backward used it, {_HOW[stale.silent or 'untracked']}."
 
 
-def _fix(stale: StaleTensor) -> str | None:
+def _remedy(trace: Trace, stale: StaleTensor) -> Remedy:
     if stale.silent == "unmarked":
-        return "Call `ctx.mark_dirty(x)` in forward for each input it writes to and return it, or write to a copy."
+        return Remedy(
+            "Call `ctx.mark_dirty(x)` in forward for each input it writes to and return it, or write to a copy."
+        )
     if stale.silent == "outside":
-        return "Give NumPy a copy: `x.detach().cpu().numpy().copy()`."
-    return ways_out(stale.writes[0], stale) if stale.writes else None
+        return Remedy("Give NumPy a copy: `x.detach().cpu().numpy().copy()`.")
+    return remedy(trace, stale)

@@ -2,7 +2,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ampcheck.rules._stale import as_write, out_of_place
+from ampcheck.rules._stale import Remedy, as_write, without_write
 from ampcheck.rules._words import place, places
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import (
@@ -62,15 +62,16 @@ def view_modified_in_place(trace: Trace) -> Iterator[Evidence]:
         write = as_write(failure.sites[0]) if failure.sites else None
         view = _origin(trace, facts) if isinstance(facts, MultiViewModified) else None
         made = f"; the view was made{place(view)}" if view else ""
-        fix = out_of_place(write, "") if write else None
+        fix, edit = without_write(trace, write) if write else Remedy()
         if isinstance(facts, LeafViewModified):
-            fix = "Do the write inside `with torch.no_grad():`, or on a copy: `.clone()`."
+            fix, edit = "Do the write inside `with torch.no_grad():`, or on a copy: `.clone()`.", None
         yield Evidence(
             f"{_subject(facts)} was written to in place{place(write)}{made}.",
             module=failure.module,
             sites=places((write, view)),
             data=_data(facts),
             fix=fix,
+            edit=edit,
         )
 
 
@@ -93,6 +94,7 @@ def _base_modified(trace: Trace, failure: Failure, facts: ViewedBaseModified) ->
     view, writes = candidates[0] if len(candidates) == 1 else (None, ())
     subject = f"An output of {facts.node}, which is a view," if facts.node else _subject(facts)
     use = replace(failure.sites[0], role="call") if failure.sites else None
+    fix, edit = without_write(trace, writes[-1]) if writes else Remedy()
     base = "the tensor that it is a view of, or another view of that,"
     return Evidence(
         f"{subject} was used{place(use)} after {base} had been written to in place"
@@ -100,7 +102,8 @@ def _base_modified(trace: Trace, failure: Failure, facts: ViewedBaseModified) ->
         module=failure.module,
         sites=places((*writes[-3:], view, use)),
         data=_data(facts),
-        fix=out_of_place(writes[-1], "") if writes else None,
+        fix=fix,
+        edit=edit,
     )
 
 

@@ -101,7 +101,7 @@ def test_sees_what_the_step_did_and_puts_everything_back() -> None:
 
     result = run.replay()
 
-    assert result.failed_again
+    assert result.went_alike
     assert result.seen is not None
     (stale,) = result.seen.stale
     assert stale.node == "ReluBackward0"
@@ -125,7 +125,7 @@ def test_a_step_that_draws_random_numbers_gets_more_than_one_try() -> None:
 
     result = run.replay(step)
     assert [call.args[0] for call in tries.call_args_list] == [False, False, True]
-    assert result.failed_again
+    assert result.went_alike
     assert result.seen is not None
     assert len(result.seen.stale) == 1
     assert run.state() == before
@@ -140,7 +140,7 @@ def test_a_step_that_draws_nothing_is_run_once() -> None:
         calls()
         return run.model.head.weight.sum()
 
-    assert not run.replay(step).failed_again
+    assert not run.replay(step).went_alike
     assert calls.call_count == 1
 
 
@@ -150,7 +150,7 @@ def test_says_when_nothing_fails_again() -> None:
 
     result = run.replay()
 
-    assert not result.failed_again
+    assert not result.went_alike
     assert result.said == "a replay of the failing batch did not fail"
     assert run.state() == before
 

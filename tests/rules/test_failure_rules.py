@@ -22,7 +22,7 @@ from rules.failures import (
 )
 from rules.traces import ERROR, INFO, call, findings, found, model, only, region, step, trace
 
-from ampcheck.rules.rule import Finding, told
+from ampcheck.rules.rule import Edit, Finding, told
 from ampcheck.trace import (
     AutocastCall,
     BackwardHookView,
@@ -542,7 +542,8 @@ class TestSavedTensorModified:
         assert finding.message == "The output of relu was modified in place before backward could use it."
         assert finding.module == "head"
         assert [(site.line, site.role) for site in finding.sites] == [(41, "write"), (40, "save")]
-        assert finding.fix.startswith("Use `.mul(...)`, without the underscore, at net.py:41")
+        assert finding.fix == "Write `x = x.mul(2)` at net.py:41."
+        assert finding.edit == Edit("/work/net.py", 41, "x.mul_(2)", "x = x.mul(2)")
         assert finding.evidence == {
             "dtype": "float32",
             "shape": [2, 4],

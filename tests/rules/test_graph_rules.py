@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from rules.traces import ERROR, WARNING, findings, found, only, trace
+from rules.traces import ERROR, WARNING, findings, found, model, only, trace
 
-from ampcheck.trace import GraphTrace, Site, StaleTensor, Trace, UncheckedSave, Write
+from ampcheck.trace import GraphTrace, ModuleInfo, Site, StaleTensor, Trace, UncheckedSave, Write
 
 SAVE = Site("/work/model.py", 40, "forward", "x = scores.softmax(-1)", "save", "net.attention", node="SoftmaxBackward0")
 WRITE = Site("/work/model.py", 41, "forward", "x.data[mask] = 0", "write", "net.mask", "aten::index_put_")
@@ -86,10 +86,7 @@ class TestSavedTensorModifiedSilently:
             "slot": "result",
             "how": "untracked",
         }
-        assert finding.fix == (
-            "Write to a copy: `x = x.clone()` before model.py:41, or build the result with `torch.where` or "
-            "`torch.cat`."
-        )
+        assert finding.fix == ("Write to a copy: put `x = x.clone()` on a line of its own before model.py:41.")
 
     def test_under_hooks(self):
         finding = only(ran(dataclasses.replace(UNTRACKED, silent="hooks")))
@@ -174,20 +171,47 @@ class TestSavedTensorModifiedSilently:
     @pytest.mark.parametrize(
         ("code", "fix"),
         [
-            ("x = F.dropout(x, 0.1, inplace=True)", "Drop `inplace=True` at model.py:41."),
-            ("x.data += y  # residual", "Write `x.data = x.data + y` at model.py:41."),
-            ("x.data *= y - 1", "Write `x.data = x.data * (y - 1)` at model.py:41."),
-            ("x.data[0] += y", "Write to a copy: `x = x.clone()` before model.py:41, or"),
-            ("x.data.mul_(y)", "Use `.mul(...)`, without the underscore, at model.py:41, and go on with"),
-            ("torch._foreach_add_(xs, ys)", "Use `torch._foreach_add(...)`, without the underscore, at model.py:41"),
-            ("torch.mul(x, y, out=x.data)", "Drop `out=` at model.py:41, and go on with what the call returns."),
-            ("self.act(x)", "Build net.mask without `inplace=True`, or give it a copy at model.py:41: `.clone()`."),
-            ("x.data.zero_()", "Make a new tensor at model.py:41, or write to a copy: `.clone()`."),
+            ("x = F.dropout(x, 0.1, inplace=True)", "Write `x = F.dropout(x, 0.1)` at model.py:41."),
+            ("x.data += y  # residual", "Write `x = x + y` at model.py:41."),
+            ("x.data *= y - 1", "Write `x = x * (y - 1)` at model.py:41."),
+            ("x.data[0] += y", "Write to a copy: put `x = x.clone()` on a line of its own before model.py:41."),
+            ("x.data.mul_(y)", "Write `x = x.mul(y)` at model.py:41."),
+            ("torch._foreach_add_(xs, ys)", "Write `xs = torch._foreach_add(xs, ys)` at model.py:41."),
+            ("torch.mul(x, y, out=x.data)", "Write `x = torch.mul(x, y)` at model.py:41."),
+            ("self.act(x)", "Make a new tensor at model.py:41, or write to a copy: `.clone()`."),
+            ("x.data.zero_()", "Write to a copy: put `x = x.clone()` on a line of its own before model.py:41."),
         ],
     )
     def test_the_line_that_writes_is_reworded(self, code, fix):
-        write = Write("aten::mul_", dataclasses.replace(WRITE, code=code))
-        assert only(ran(dataclasses.replace(UNTRACKED, writes=(write,)))).fix.startswith(fix)
+        write = Write("aten::mul_", dataclasses.replace(WRITE, code=code), shape=UNTRACKED.shape)
+        finding = only(ran(dataclasses.replace(UNTRACKED, writes=(write,))))
+        assert finding.fix == fix
+        if finding.edit is not None:
+            assert (finding.edit.line, finding.edit.before) == (41, code)
+            assert finding.edit.after.partition("\n")[0].split("  #")[0] in fix
+
+    @pytest.mark.parametrize(
+        ("code", "fix"),
+        [
+            (
+                "x = self.mask(x)",
+                "Build the ReLU `net.mask` with `inplace=False`, or write `x = self.mask(x",
+            ),
+            ("x = self.body(x)", "Build the ReLU `net.mask` with `inplace=False`."),
+        ],
+    )
+    def test_an_activation_is_named(self, code, fix):
+        write = Write("aten::relu_", dataclasses.replace(WRITE, code=code), shape=UNTRACKED.shape)
+        network = dataclasses.replace(model(), modules=(ModuleInfo("net.mask", "ReLU"),))
+        judged = dataclasses.replace(ran(dataclasses.replace(UNTRACKED, writes=(write,))), model=network)
+        finding = next(one for one in findings(judged) if one.code == "AMP402")
+        assert finding.fix.startswith(fix)
+
+    def test_what_writes_to_a_parameter_means_to(self):
+        write = Write("aten::clamp_", dataclasses.replace(WRITE, code="p.data.clamp_(-1, 1)"))
+        finding = only(ran(dataclasses.replace(UNTRACKED, name="conv.weight", writes=(write,))))
+        assert finding.fix.startswith("Move the write to conv.weight at model.py:41 behind the `backward()`")
+        assert finding.edit is None
 
     def test_write_to_a_whole_tensor_of_a_list(self):
         line = dataclasses.replace(WRITE, code="levels[i] += up")
