@@ -48,11 +48,15 @@ def tree_of(file: str) -> ast.Module | None:
     return _parse("".join(linecache.getlines(file)))
 
 
+@functools.lru_cache(maxsize=16)
+def _parents(tree: ast.Module) -> dict[ast.AST, ast.AST]:
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
 def parents(file: str) -> dict[ast.AST, ast.AST]:
     """The node that each node of a file's tree is a child of."""
     tree = tree_of(file)
-    nodes = ast.walk(tree) if tree is not None else ()
-    return {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    return _parents(tree) if tree is not None else {}
 
 
 def function_at(frame: Frame) -> ast.AST | None:

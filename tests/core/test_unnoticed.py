@@ -231,6 +231,8 @@ def test_recursion_goes_as_deep() -> None:
 
     def program(guard: Callable[..., Any]) -> Any:
         model = Deep()
+        # Of a model without an optimizer each call is asked whether there is one by now.
+        optimizer = sgd(model)
         base = len(inspect.stack(0))
         low, high = 1, 200
         while high - low > 1:
@@ -238,7 +240,7 @@ def test_recursion_goes_as_deep() -> None:
             limit = sys.getrecursionlimit()
             try:
                 sys.setrecursionlimit(300 + base)
-                with guard(model):
+                with guard(model, optimizer=optimizer):
                     model(X, middle).sum().backward()
                 low = middle
             except RecursionError:

@@ -23,13 +23,11 @@ import ampcheck
 def extension(tmp_path_factory):
     if shutil.which("ninja") is None or shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler with ninja")
+    folder = tmp_path_factory.mktemp("build")
+    (source := folder / "deformable.cpp").write_text(deformable.SOURCE, encoding="utf-8")
     try:
-        built = cpp_extension.load_inline(
-            "ampcheck_test_extension",
-            deformable.SOURCE,
-            functions=["deform_attn_forward", "cube"],
-            extra_cflags=["-O0"],
-            build_directory=str(tmp_path_factory.mktemp("build")),
+        built = cpp_extension.load(
+            "ampcheck_test_extension", [str(source)], extra_cflags=["-O0"], build_directory=str(folder)
         )
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         pytest.skip(f"no extension can be built here: {str(error).splitlines()[0]}")

@@ -14,6 +14,7 @@ from faulty import Net, NumpyTanh, TorchTanh
 from torch import nn
 
 import ampcheck
+from ampcheck.cli import main
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 
@@ -110,41 +111,57 @@ def unnamed():
 """
 
 
-def command(folder, *args):
-    paths = f"import sys; sys.path[:0] = {[str(folder)]!r}; from ampcheck.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", paths, "compare", *args], cwd=folder, capture_output=True, text=True, timeout=200
-    )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    shutil.copy(sys.modules["faulty"].__file__, tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+    shutil.copy(sys.modules["faulty"].__file__, folder)
     for kind in ("NumpyTanh", "TorchTanh"):
-        (tmp_path / f"{kind.lower()}.py").write_text(FACTORY.format(kind=kind), encoding="utf-8")
-    torch.manual_seed(0)
+        (folder / f"{kind.lower()}.py").write_text(FACTORY.format(kind=kind), encoding="utf-8")
     for kind in (NumpyTanh, TorchTanh):
         torch.manual_seed(0)
         model = Net(kind()).eval()
-        torch.jit.save(
-            exported(model, (torch.ones(3, 6) / 3,), "trace", tmp_path), str(tmp_path / f"{kind.__name__}.pt")
-        )
-    return tmp_path
+        torch.jit.save(exported(model, (torch.ones(3, 6) / 3,), "trace", folder), str(folder / f"{kind.__name__}.pt"))
+    return folder
 
 
-def test_command_line(folder):
-    pytest.importorskip("matplotlib")
-    done = command(folder, "--json", "r.json", "--fail-on", "error", "numpytanh:make", "NumpyTanh.pt")
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    """``ampcheck compare`` in this process: exit status, standard output and standard error."""
+
+    def run(*args):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["ampcheck", "compare", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    yield run
+    for module in ("numpytanh", "torchtanh"):
+        sys.modules.pop(module, None)
+
+
+def test_command_line_of_a_process(folder):
+    started = [sys.executable, "-m", "ampcheck", "compare", "--json", "r.json", "--fail-on", "error"]
+    done = subprocess.run(
+        [*started, "numpytanh:make", "NumpyTanh.pt"], cwd=folder, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 3, done.stderr
     assert "error[AMP602] constant-baked-into-trace" in done.stdout
     assert json.loads((folder / "r.json").read_text())["comparison"]["equal"] is False
-    done = command(folder, "--figure", "f.png", "--fail-on", "warning", "torchtanh:make", "TorchTanh.pt")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "TorchScript trace against eager · equal" in done.stdout
+
+
+def test_command_line(folder, command):
+    pytest.importorskip("matplotlib")
+    status, out, err = command("--figure", "f.png", "--fail-on", "warning", "torchtanh:make", "TorchTanh.pt")
+    assert (status, err) == (0, "")
+    assert "TorchScript trace against eager · equal" in out
     assert (folder / "f.svg").is_file()
-    for factory in ("torchtanh:chosen", "torchtanh:seeded"):
-        done = command(folder, "--fail-on", "warning", factory, "TorchTanh.pt")
-        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("factory", ["torchtanh:chosen", "torchtanh:seeded"])
+def test_options_of_a_factory(command, factory):
+    status, _, err = command("--fail-on", "warning", factory, "TorchTanh.pt")
+    assert (status, err) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -167,8 +184,8 @@ def test_command_line(folder):
         (("--fail-on", "loud", "torchtanh:make", "TorchTanh.pt"), "fail_on must be"),
     ],
 )
-def test_command_line_bad_input(folder, args, said):
-    done = command(folder, *args)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_command_line_bad_input(command, args, said):
+    status, _, err = command(*args)
+    assert status == 2
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
