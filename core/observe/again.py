@@ -1,4 +1,4 @@
-"""A failing step seen once more, in a replay whose every operation is logged."""
+"""Replay a failing step with every operation logged."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ class Again:
     scaler: torch.amp.GradScaler | None
 
     def failing(self, error: Exception, steps: Iterable[Step], explains: Callable[[GraphTrace], bool]) -> Seen | None:
-        """What the first of ``steps`` shows that fails like ``error`` and explains it; else what the last did that
-        fails so, else the first. ``None`` for no steps."""
+        """What the first of ``steps`` shows that fails like ``error`` and explains it.
+
+        If none explains it: what the last one shows that fails like ``error``, else the first. ``None`` without steps.
+        """
         found: Seen | None = None
         for step in steps:
             seen, failed_again = self._once(step, error)
