@@ -152,7 +152,7 @@ def _run(
                 raise
             except Exception as error:  # noqa: BLE001 - seeing it is what a replay is for
                 raised = error
-            # A thread that the step started may have kept it.
+            # A thread that the step started may have caught it.
             raised = raised or getattr(watched, "failure", None)
             try:
                 # The graph lives in the frames of the exception: read it now.

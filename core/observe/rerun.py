@@ -117,7 +117,7 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
                 yield Rerun(program.code, program.names, [*around, *program.contexts, *contexts])
             if not isinstance(path[start], LOOPS):
                 break
-        # Around the loop that was found lies all of it.
+        # Statements further out would run the whole loop.
         if any(isinstance(node, LOOPS) for node in path):
             return
 

@@ -87,7 +87,7 @@ class WatchedStep:
     def __enter__(self) -> WatchedStep:
         try:
             for probe in self._to_enter:
-                # Before it is entered, which may fail half-way.
+                # Registered first, since entering may fail half-way.
                 self._stack.callback(self._remove, probe)
                 probe.__enter__()
         except Exception as error:  # noqa: BLE001 - reported when the step ends
