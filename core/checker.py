@@ -248,7 +248,7 @@ class AmpChecker:
             with torch._C.DisableTorchFunction():
                 failure = examine(error, model=run.held and run.held.model, phase=phase, step=step)
             if "internal_error" in failure.fields:
-                self.switch_off(RuntimeError(f"{failure.fields['internal_error']}, while a failure was examined"))
+                self.switch_off(RuntimeError(f"{failure.fields['internal_error']}, while examining a failure"))
                 return
             # A step that died does not count as watched, but what it showed explains the failure.
             seen = [one for one in (run.died, *(step.seen() for step in run.open)) if one is not None]

@@ -194,12 +194,12 @@ def _made(factory: str) -> tuple[Any, Any, dict[str, Any]]:
     except Exception as error:
         lines = str(error).splitlines() or [""]
         raise ValueError(
-            f"the factory {factory!r} does not give a model and its inputs: {type(error).__name__}: {lines[0]}"
+            f"the factory {factory!r} does not return a model and its inputs: {type(error).__name__}: {lines[0]}"
         ) from error
     finally:
         sys.path.remove(os.getcwd())
     if not hasattr(model, "named_modules"):
-        raise ValueError(f"the factory {factory!r} returns a {type(model).__name__} where the model belongs")
+        raise ValueError(f"the factory {factory!r} returns a {type(model).__name__} instead of a model")
     if len(more) > 1 or not all(isinstance(given, Mapping) for given in more):
         raise ValueError(
             f"the factory {factory!r} returns more than a model, its inputs and one mapping of options: "
@@ -210,7 +210,7 @@ def _made(factory: str) -> tuple[Any, Any, dict[str, Any]]:
     known = {option.name for option in taken if option.kind is option.KEYWORD_ONLY}
     unknown = sorted(set(options) - (known - set(inspect.signature(compare).parameters)))
     if unknown:
-        raise ValueError(f"the factory {factory!r} gives an option that there is not: {', '.join(unknown)}")
+        raise ValueError(f"the factory {factory!r} gives an unknown option: {', '.join(unknown)}")
     return model, inputs, options
 
 

@@ -186,7 +186,7 @@ def _frozen_shape(runs: Runs, modules: Sequence[ModuleError], unseen: str | None
     read = [value.value for value in runs.example.seen.reads]
     for run in runs.all:
         if run.other_sizes and not run.equal and [value.value for value in run.seen.reads] == read:
-            how = f"it stops: {run.error}" if run.error is not None else "its outputs are others"
+            how = f"it stops: {run.error}" if run.error is not None else "its outputs differ"
             stopped = unseen.partition("stopped in ")[2].partition(":")[0] if unseen else ""
             module = None if any(not module.equal for module in modules) else stopped or None
             yield Cause(

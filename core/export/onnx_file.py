@@ -83,7 +83,7 @@ class OnnxModel(Exported):
 
     def calls(self, inputs: Inputs, seed: int) -> tuple[list[Call], str | None]:
         if self._proto is None:
-            return [], "onnx is not installed, and without it the model cannot be looked into"
+            return [], "onnx is not installed, and the model cannot be inspected without it"
         model = type(self._proto)()
         model.CopyFrom(self._proto)
         places = {output: self._stack(node) for node in model.graph.node for output in node.output}

@@ -41,7 +41,7 @@ def _opened(exported: object, trusted: bool) -> Exported:
         return _onnx(None, proto)
     if not isinstance(exported, (str, os.PathLike)):
         raise ValueError(
-            f"a {type(exported).__name__} is no exported model: give a TorchScript module, an ExportedProgram, an "
+            f"a {type(exported).__name__} is not an exported model: give a TorchScript module, an ExportedProgram, an "
             "ONNXProgram or the path of a file"
         )
     path = Path(exported)
@@ -51,8 +51,8 @@ def _opened(exported: object, trusted: bool) -> Exported:
         return _onnx(path)
     if path.suffix == ".pt2" and not trusted:
         raise ValueError(
-            f"{str(path)!r} can run code when it is loaded, since torch.export.load reads pickles: say that it is "
-            "trusted, by `trusted=True` or `--trusted`"
+            f"{str(path)!r} can run code when it is loaded, since torch.export.load reads pickles: if you trust "
+            "it, pass `trusted=True` or `--trusted`"
         )
     try:
         with quiet():

@@ -158,7 +158,7 @@ class Runs:
         )
         fewer = len(found) < len(expected) and self._choose is None
         return (
-            f"{text}; say with the option `outputs` (`lambda y: y[0]`, say) what of it was exported" if fewer else text
+            f"{text}; use the option `outputs` (`lambda y: y[0]`, say) to select what was exported" if fewer else text
         )
 
     @property

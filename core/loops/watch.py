@@ -40,7 +40,7 @@ class _State(Enum):
     """How far training has come in a watch."""
 
     WAITING = auto()
-    """No module has been called in training."""
+    """No training call of a module has been seen."""
     STEP = auto()
     """A step is being watched."""
     BETWEEN = auto()
@@ -212,9 +212,9 @@ class watch:
         if self._model is not None:
             self._attach(self._model)
             return
-        reason = "no call of a module that trains was seen"
+        reason = "no training call of a module was seen"
         if anything_compiled():
-            reason += "; a training step that is compiled as a whole (`@torch.compile`) shows none"
+            reason += "; a training step compiled as a whole (`@torch.compile`) shows none"
         self._checker.nothing_seen(reason, emit=self._context["emit"], directory=self._context["directory"])
 
     def _contained(self, hook: Callable[..., None]) -> Callable[..., None]:

@@ -88,7 +88,7 @@ def replay(
     """
     reason = _why_not(model, error)
     if _replaying:
-        reason = "it is being replayed"
+        reason = "a replay is already running"
     if reason:
         return Replay(None, False, f"the failing batch was not replayed: {reason}")
     # The step may raise the same object, which belongs to the user.
@@ -116,7 +116,7 @@ def replay(
         return Replay(seen, False, "a replay of the failing batch did not fail")
     if _alike(raised, error):
         return Replay(seen, True, "a replay of the failing batch failed in the same way")
-    return Replay(seen, False, f"a replay of the failing batch failed otherwise: {_line(raised)}")
+    return Replay(seen, False, f"a replay of the failing batch failed differently: {_line(raised)}")
 
 
 def _run(
@@ -196,11 +196,11 @@ def backward_without_hooks(
 
 def _why_not(model: nn.Module, error: BaseException | None) -> str | None:
     if error is not None and not isinstance(error, Exception):
-        return f"{type(error).__name__} is no failure"
+        return f"{type(error).__name__} is not a failure"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "memory ran out"
     if any(is_traceable_wrapper_subclass(parameter.data) for parameter in model.parameters()):
-        return "its parameters are distributed tensors, which only all processes together can compute with"
+        return "its parameters are distributed tensors, and computing with them takes all processes"
     if is_sharded(model):
         return "the model is sharded"
     return None
