@@ -50,7 +50,7 @@ from ampcheck.trace import Failure, GraphTrace, Host, NoGraph, Phase, SavedTenso
 
 _DIAGNOSED = "_ampcheck_diagnosed"
 _NOTHING = contextlib.nullcontext()
-# Ever more of the program around a failing line is run again, and each run is one like the step's.
+# Each rerun covers more of the program around the failing line, and costs about as much as the step.
 _MOST_RERUNS = 3
 
 Rerun = Callable[[], object]
@@ -58,7 +58,7 @@ FindBatch = Callable[[Iterable[FrameType]], Rerun | None]
 
 
 class FindingsError(Exception):
-    """A finding reached ``fail_on``. ``report`` is the report it is in."""
+    """A finding reached ``fail_on``. ``report`` is the report that contains it."""
 
     def __init__(self, report: Report, findings: tuple[Finding, ...]) -> None:
         first = findings[0]
@@ -79,13 +79,13 @@ def _codes(option: str, codes: Any) -> str | tuple[str, ...]:
 class AmpChecker:
     """Checks one training run.
 
-    ``select`` and ``ignore`` take rule codes or their beginnings; ``fail_on`` (``"error"``, ``"warning"`` or
-    ``"never"``) raises ``FindingsError`` out of ``attach`` and of the watched step; ``watch_steps`` training steps
-    are watched; ``report`` is the path of the JSON report, true for ``ampcheck.json`` in the directory that the host
-    names, or false for none. Raises ``ValueError`` for options that mean nothing, ``TypeError`` for one of another
+    ``select`` and ``ignore`` take rule codes or prefixes of them. ``fail_on`` (``"error"``, ``"warning"`` or
+    ``"never"``) makes ``attach`` and the watched step raise ``FindingsError``. ``watch_steps`` is the number of
+    training steps to watch. ``report`` is the path of the JSON report, true for ``ampcheck.json`` in the directory that
+    the host names, or false for none. Raises ``ValueError`` for invalid options, ``TypeError`` for options of the wrong
     type.
 
-    But for ``FindingsError``, no method raises: a fault of AmpCheck's own becomes one warning, and the checker
+    No method raises anything but ``FindingsError``: a fault in AmpCheck itself becomes one warning, and the checker
     switches itself off.
     """
 
@@ -116,17 +116,17 @@ class AmpChecker:
 
     @property
     def options(self) -> dict[str, Any]:
-        """A copy of the options that it was made with, by name."""
+        """A copy of the options it was made with, by name."""
         return dict(self._options)
 
     @property
     def report(self) -> Report | None:
-        """What is known so far; ``None`` before ``attach``."""
+        """The report so far; ``None`` before ``attach``."""
         return self._run.report
 
     @property
     def watching(self) -> bool:
-        """Whether a training step is left to watch."""
+        """Whether training steps are left to watch."""
         return self._run.training_left > 0
 
     @property
@@ -146,11 +146,12 @@ class AmpChecker:
         emit: Emit | None = None,
         directory: str | os.PathLike[str] | None = None,
     ) -> Report | None:
-        """Fit start: walk over ``model``, ``optimizers``, ``scaler`` and the ``averaged`` copy of the model, judge,
-        and report through ``emit``, one call a message, on rank 0 (default: standard error).
+        """Start a fit: look at the model and what trains it, judge, and report.
 
-        Called again before ``detach`` it looks anew at what it is given, and reports only what is new. ``None``:
-        AmpCheck failed and switched itself off. Raises ``FindingsError``.
+        Walks over ``model``, ``optimizers``, ``scaler`` and the ``averaged`` copy of the model. Reports through
+        ``emit``, one call a message, on rank 0 (default: standard error). Called again before ``detach``, it looks
+        again at what it is given, and reports only what is new. Returns ``None`` if AmpCheck failed and switched itself
+        off. Raises ``FindingsError``.
         """
         try:
             again = self._run.held is not None
@@ -184,8 +185,10 @@ class AmpChecker:
         return None if self._run.off else self._run.report
 
     def scaled_by(self, scaler: torch.amp.GradScaler, precision: Precision) -> None:
-        """The gradient scaler of the run showed itself in a step that is being watched, and with it what is asked
-        for. What is judged from now on takes them into account."""
+        """Take in the gradient scaler that a watched step has shown, and the precision that it implies.
+
+        What is judged from now on takes both into account.
+        """
         run = self._run
         if run.off or run.held is None or run.trace.model is None:
             return
@@ -199,21 +202,23 @@ class AmpChecker:
     def training_step(
         self, autocast: AutocastProbe | None = None, *, batch: FindBatch | None = None
     ) -> AbstractContextManager[object]:
-        """Probes around a training step while steps are left to watch, else nothing.
+        """Watch a training step while steps are left to watch; otherwise do nothing.
 
-        Exceptions of the body pass through. Leaving it need not nest with other ``with`` blocks, but must happen in
-        the thread that entered. Raises ``FindingsError`` where the watched step ends. ``autocast`` is a probe that
-        has been active for longer than the step, and so knows the regions around it. ``batch`` is called
-        where backward may have used a tensor that was overwritten unseen, with the frames that run it, innermost first:
-        it returns the ``batch`` of ``diagnose`` for this step, or ``None``.
+        Exceptions of the body pass through. Leaving the context need not nest with other ``with`` blocks, but must
+        happen in the thread that entered it. Raises ``FindingsError`` when the watched step ends. ``autocast`` is a
+        probe that has been active for longer than the step, and so knows the regions around it. If backward may have
+        used a tensor that was overwritten unseen, ``batch`` is called with the frames that run it, innermost first: it
+        returns the ``batch`` of ``diagnose`` for this step, or ``None``.
         """
         return self._step("training", None, autocast, batch) if self._run.training_left > 0 else _NOTHING
 
     def evaluation_step(
         self, model: nn.Module | None = None, autocast: AutocastProbe | None = None
     ) -> AbstractContextManager[object]:
-        """The same for the first evaluation step. ``model`` is what is evaluated where it is another object than the
-        model that trains: an averaged or half-precision copy."""
+        """Watch the first evaluation step in the same way.
+
+        ``model`` is what is evaluated, if that is not the model that trains but an averaged or half-precision copy.
+        """
         return self._step("evaluation", model, autocast) if self._run.evaluation_left else _NOTHING
 
     def diagnose(
@@ -224,13 +229,12 @@ class AmpChecker:
         step: int | None = None,
         batch: Rerun | None = None,
     ) -> None:
-        """Attach what is known of ``error`` to it as a note. The caller raises it on, by a bare ``raise``.
+        """Attach what is known of ``error`` to it as a note. The caller re-raises it with a bare ``raise``.
 
-        ``batch`` computes the loss of the failing batch once more, as the host does, on the module without its
-        wrappers, and returns it. It is called, with everything put back afterwards, for a failure of a training step
-        whose lines are not known. Without it, and outside of a host, the statements of the loop that failed are run
-        again in its place. An exception is diagnosed once, and one that has nothing to do with precision or autograd
-        gets no note.
+        ``batch`` computes the loss of the failing batch once more, as the host does, on the unwrapped module, and
+        returns it. It is called for a failure of a training step whose lines are not known, and everything is put back
+        afterwards. Without it, and outside a host, the statements of the failing loop run again instead. An exception
+        is diagnosed once. It gets no note if it has nothing to do with precision or autograd.
         """
         try:
             run = self._run
@@ -245,9 +249,9 @@ class AmpChecker:
             with torch._C.DisableTorchFunction():
                 failure = examine(error, model=run.held and run.held.model, phase=phase, step=step)
             if failure.internal_error is not None:
-                self.switch_off(RuntimeError(f"{failure.internal_error}, while a failure was examined"))
+                self.switch_off(RuntimeError(f"{failure.internal_error}, while examining a failure"))
                 return
-            # A step that died is no watched step, but what it showed explains the failure.
+            # A step that died does not count as watched, but what it showed explains the failure.
             seen = [one for one in (run.died, *(step.seen() for step in run.open)) if one is not None]
             run.died = None
             again: FailedAgain | None = None
@@ -257,7 +261,7 @@ class AmpChecker:
                 try:
                     again = self._failing_again(error, failure, batch)
                     seen += [again.seen] if again is not None else []
-                except Exception as own:  # noqa: BLE001 - what is known without a replay is told first
+                except Exception as own:  # noqa: BLE001 - first report what is known without a replay
                     fault = bare(own)
             trace = replace(run.trace, failure=failure)
             for one in seen:
@@ -269,7 +273,7 @@ class AmpChecker:
             self.switch_off(fault)
 
     def _failing_again(self, error: Exception, failure: Failure, batch: Rerun | None) -> FailedAgain | None:
-        """What a replay shows of the failing batch or, of a plain loop, of its own statements."""
+        """What a replay shows of the failing batch or, in a plain loop, of the loop's own statements."""
         again = self._run.again()
         if again is None:
             return None
@@ -279,7 +283,7 @@ class AmpChecker:
         if batch is not None:
             return (batch,)
         if self._run.trace.host is not None:
-            # A host runs its own loop; the source of a plain one says what it does.
+            # A host runs its own loop; the source of a plain loop says what it does.
             return ()
         return itertools.islice(of_traceback(error.__traceback__), _MOST_RERUNS)
 
@@ -296,7 +300,7 @@ class AmpChecker:
             return None
 
     def _suspected(self, step: WatchedStep, frame: FrameType) -> None:
-        """Backward may have used a stale tensor that PyTorch did not notice: a replay shows whether it did."""
+        """Replay a step whose backward may have used a stale tensor unnoticed by PyTorch, to see whether it did."""
         try:
             again = self._run.again()
             if self._run.off or again is None:
@@ -323,7 +327,7 @@ class AmpChecker:
         self._run.teller.write(report)
 
     def detach(self) -> None:
-        """Remove everything and let go of the model. What could not be judged is said once. May be called again."""
+        """Remove everything and let go of the model. Report once what could not be judged. May be called again."""
         try:
             run, report = self._run, self._run.report
             run.abandon()
@@ -335,7 +339,7 @@ class AmpChecker:
             self._run.held = None
 
     def start_over(self) -> None:
-        """What was attached is not the model that trains: forget it, and what was seen of it."""
+        """Forget the attached model and what was seen of it: it is not the model that trains."""
         try:
             self._run.abandon()
             self._run = self._new_run()
@@ -345,7 +349,7 @@ class AmpChecker:
     def nothing_seen(
         self, reason: str, *, emit: Emit | None = None, directory: str | os.PathLike[str] | None = None
     ) -> None:
-        """The run is over and no model was ever attached: say that nothing could be judged, and why."""
+        """Report, at the end of a run in which no model was attached, that nothing could be judged, and why."""
         try:
             self._run = run = self._new_run()
             run.teller.emit, run.teller.directory = emit, Path(directory) if directory is not None else None
@@ -359,8 +363,10 @@ class AmpChecker:
             self.switch_off(error)
 
     def switch_off(self, error: Exception, *, emit: Emit | None = None) -> None:
-        """A fault of AmpCheck's own: one warning, and nothing more of it in this run. ``emit`` takes the warning where
-        ``attach`` has not said yet who does."""
+        """Switch AmpCheck off for the rest of the run, with one warning about its own fault.
+
+        ``emit`` takes the warning if ``attach`` has not yet said who does.
+        """
         run = self._run
         if run.off:
             return
@@ -405,7 +411,7 @@ class AmpChecker:
             return _NOTHING
 
     def _ended(self, step: WatchedStep, error: BaseException | None) -> None:
-        """Take in what a step showed, and report when the last one to watch is done."""
+        """Take in what a step showed, and report when the last step to watch is done."""
         run = self._run
         if step not in run.open:
             return
@@ -439,7 +445,7 @@ class AmpChecker:
 
 
 def _explains(graph: GraphTrace, failure: Failure) -> bool:
-    """Whether the cause of the failure is among what was seen."""
+    """Whether what was seen contains the cause of the failure."""
     if isinstance(failure.facts, SavedTensorModified):
         return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
     return bool(graph.cut) if isinstance(failure.facts, NoGraph) else True

@@ -41,7 +41,7 @@ def run(
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the report to FILE as JSON.")] = None,
     watch_steps: Annotated[int, typer.Option(help="How many training steps to watch.")] = 1,
     fail_on: Annotated[
-        str, typer.Option(metavar="error|warning|never", help="Stop with status 3 on a finding that severe.")
+        str, typer.Option(metavar="error|warning|never", help="Stop with status 3 on a finding this severe or worse.")
     ] = "never",
     select: Annotated[str, typer.Option(metavar="CODES", help="Judge only these rules: AMP101,AMP2,...")] = "",
     ignore: Annotated[str, typer.Option(metavar="CODES", help="Do not judge these rules.")] = "",
@@ -96,7 +96,7 @@ def compare(
         typer.Argument(
             metavar="FACTORY",
             help="`package.module:function`, which returns (model, inputs), or (model, inputs, options) with a mapping "
-            "of further options of `ampcheck.compare`.",
+            "of more options for `ampcheck.compare`.",
         ),
     ],
     exported: Annotated[str, typer.Argument(metavar="EXPORTED", help="The exported model: a .pt, .pt2 or .onnx file.")],
@@ -105,13 +105,13 @@ def compare(
         str | None, typer.Option(metavar="FILE", help="Draw the error of every module, as PNG and SVG.")
     ] = None,
     fail_on: Annotated[
-        str, typer.Option(metavar="error|warning|never", help="Exit with status 3 on a finding that severe.")
+        str, typer.Option(metavar="error|warning|never", help="Exit with status 3 on a finding this severe or worse.")
     ] = "never",
     select: Annotated[str, typer.Option(metavar="CODES", help="Judge only these rules: AMP601,AMP602,...")] = "",
     ignore: Annotated[str, typer.Option(metavar="CODES", help="Do not judge these rules.")] = "",
-    trusted: Annotated[bool, typer.Option("--trusted", help="EXPORTED may run code, as a .pt2 file can.")] = False,
+    trusted: Annotated[bool, typer.Option("--trusted", help="Let EXPORTED run code, as a .pt2 file can.")] = False,
 ) -> int:
-    """Does an exported model still compute what the eager one does, and where does it stop?"""
+    """Compare an exported model with the eager one, and find where they differ."""
     from ampcheck.export import compare as compare_export
     from ampcheck.export import draw_errors
     from ampcheck.rules.judging import reaching, threshold
@@ -134,7 +134,7 @@ def compare(
 
 @app.command()
 def doctor() -> None:
-    """Show what is installed and what the devices here compute natively: what a bug report needs."""
+    """Show what is installed and what the devices here compute natively, for a bug report."""
     from ampcheck.observe.walk import environment
 
     found = environment()
@@ -150,7 +150,7 @@ def doctor() -> None:
 
 
 def _console(**options: Any) -> Console:
-    """Standard output, where what its encoding lacks does not end the program."""
+    """A console on standard output that replaces characters its encoding lacks, instead of ending the program."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     return Console(**options)
@@ -164,7 +164,7 @@ def page(rule: Rule) -> str:
 
 
 def main() -> None:
-    """The console script: exit status 2 with one line on standard error for input that means nothing."""
+    """Run the command line: invalid input exits with status 2 and one line on standard error."""
     try:
         # Calling the app itself would put its own `sys.excepthook` in the script's way.
         status: Any = typer.main.get_command(app)(standalone_mode=False)
@@ -180,8 +180,10 @@ def main() -> None:
 
 
 def _made(factory: str) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, the inputs and the options that ``package.module:function`` returns. Modules are looked for in the
-    working directory too. Raises ``ValueError``."""
+    """The model, the inputs and the options that ``package.module:function`` returns.
+
+    Also looks for modules in the working directory. Raises ``ValueError``.
+    """
     from ampcheck.export import compare as compare_export
 
     module, _, name = factory.partition(":")
@@ -192,12 +194,12 @@ def _made(factory: str) -> tuple[Any, Any, dict[str, Any]]:
     except Exception as error:
         lines = str(error).splitlines() or [""]
         raise ValueError(
-            f"the factory {factory!r} does not give a model and its inputs: {type(error).__name__}: {lines[0]}"
+            f"the factory {factory!r} does not return a model and its inputs: {type(error).__name__}: {lines[0]}"
         ) from error
     finally:
         sys.path.remove(os.getcwd())
     if not hasattr(model, "named_modules"):
-        raise ValueError(f"the factory {factory!r} returns a {type(model).__name__} where the model belongs")
+        raise ValueError(f"the factory {factory!r} returns a {type(model).__name__} instead of a model")
     if len(more) > 1 or not all(isinstance(given, Mapping) for given in more):
         raise ValueError(
             f"the factory {factory!r} returns more than a model, its inputs and one mapping of options: "
@@ -208,7 +210,7 @@ def _made(factory: str) -> tuple[Any, Any, dict[str, Any]]:
     known = {option.name for option in taken if option.kind is option.KEYWORD_ONLY}
     unknown = sorted(set(options) - (known - set(inspect.signature(compare).parameters)))
     if unknown:
-        raise ValueError(f"the factory {factory!r} gives an option that there is not: {', '.join(unknown)}")
+        raise ValueError(f"the factory {factory!r} gives an unknown option: {', '.join(unknown)}")
     return model, inputs, options
 
 

@@ -1,4 +1,4 @@
-"""What precision was asked for."""
+"""The precision that was asked for."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Precision:
     and no autocast is used) or ``"unknown"`` (nothing was declared; what is observed decides). Dtypes are PyTorch's
     names without the ``torch.`` prefix. ``source`` quotes the place where the user said so.
 
-    ``effective_dtype`` is the dtype a host is known to use in place of the one asked for, by a documented rule of
-    its own; ``evaluation_dtype`` the one it evaluates in by default (``"float32"``: autocast off). A difference
-    they explain is information, not a fault. ``explicit`` is false where the user left the host's default.
+    ``effective_dtype`` is the dtype that a host uses instead of the one asked for, by a documented rule of its own;
+    ``evaluation_dtype`` is the one it evaluates in by default (``"float32"``: autocast off). A difference they explain
+    is information, not a fault. ``explicit`` is false if the user left the host's default.
 
-    ``by`` is what mixed precision comes about by: ``"autocast"``, or ``"policy"`` where the policy of a sharded model
-    casts parameters and inputs for each forward pass, and no autocast is needed.
+    ``by`` says how mixed precision comes about: through ``"autocast"``, or through ``"policy"`` if the policy of a
+    sharded model casts parameters and inputs for each forward pass, so that no autocast is needed.
     """
 
     mode: Mode = "unknown"

@@ -1,4 +1,4 @@
-"""What is known of one run."""
+"""The state of one run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ampcheck.trace import GraphTrace, Phase, Seen, StepTrace, Trace
 
 
 class Held(NamedTuple):
-    """What is the user's own. ``entry`` is what the loop calls, ``model`` their module in it."""
+    """The user's own objects. ``entry`` is what the loop calls, ``model`` the user's module inside it."""
 
     entry: nn.Module
     model: nn.Module
@@ -26,8 +26,11 @@ class Held(NamedTuple):
 
 @dataclass
 class Run:
-    """What is known of one run. It is attached while it holds what is the user's. ``open`` are the steps being watched,
-    ``died`` is what the last one showed that an exception left."""
+    """The state of one run.
+
+    The run is attached while it holds the user's objects. ``open`` are the steps being watched, ``died`` is what the
+    last one showed that an exception left.
+    """
 
     teller: Teller
     held: Held | None = None
@@ -40,7 +43,7 @@ class Run:
     off: bool = False
 
     def expect(self, watch_steps: int, device_type: str) -> None:
-        """What is to be watched in this run, and what to say of it until it was."""
+        """Set what this run watches, and the reasons to give for what it has not yet watched."""
         unobserved = {
             "training": "no training step was watched",
             "evaluation": "no evaluation step was watched",
@@ -55,7 +58,7 @@ class Run:
         self.evaluation_left = watchable and watch_steps > 0
 
     def take(self, phase: Phase, step: StepTrace, graph: GraphTrace | None) -> StepTrace:
-        """Add what a step showed to what earlier ones of its phase did; returns all of them as one."""
+        """Add what a step showed to what earlier steps of its phase did; return them as one."""
         earlier = self.trace.training if phase == "training" else self.trace.evaluation
         together = step if earlier is None else earlier.followed_by(step)
         self.trace = self.trace.showing(Seen(phase, together, graph))
@@ -66,13 +69,13 @@ class Run:
         return together
 
     def again(self) -> Again | None:
-        """What replays steps of this run, while its model is there."""
+        """What replays steps of this run, as long as the run has a model."""
         if self.held is None or self.trace.model is None:
             return None
         return Again(self.held.model, self.trace.model.device_type, self.held.optimizers, self.held.scaler)
 
     def abandon(self) -> None:
-        """Watch nothing any more; what is being watched shows nothing."""
+        """Stop watching; the steps being watched show nothing."""
         self.training_left, self.evaluation_left = 0, False
         while self.open:
             self.open.pop().abandon()

@@ -1,4 +1,4 @@
-"""Comparing a model with its export, and with itself under another setting."""
+"""Compare a model with its export, or with itself under another setting."""
 
 from ampcheck.export.compare import compare
 from ampcheck.export.figure import draw_errors

@@ -1,4 +1,4 @@
-"""Why an export differs, or will: what can be shown by its graph and by the runs of both models."""
+"""Why an export differs, or will, as far as its graph and the runs of both models show it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FLOAT32 = 1e-3
 
 
 def changing_untracked(runs: Runs) -> list[Untracked]:
-    """What no op computed from the inputs, and changes with them all the same."""
+    """The tensors that no op computed from the inputs, and that change with the inputs all the same."""
     example, *others = [run.seen for run in runs.same_sizes]
     return [
         found
@@ -61,7 +61,7 @@ def _holds(constant: Constant, leak: Untracked) -> bool:
 
 
 def _once(leaks: Iterable[Untracked]) -> list[Untracked]:
-    """One a line and module."""
+    """One leak per line and module."""
     return list({(leak.key[0], leak.key[1], leak.module): leak for leak in reversed(list(leaks))}.values())[::-1]
 
 
@@ -74,7 +74,7 @@ def find_causes(
     *,
     claimed: bool,
 ) -> Iterator[Cause]:
-    """All reasons that can be shown, in the order they are told. ``claimed``: the export says it takes other sizes."""
+    """Yield all causes that can be shown, in report order. ``claimed``: the export claims to take other sizes."""
     differ = any(not run.equal for run in runs.same_sizes)
     yield from _training_mode(runs)
     yield from _buffers(runs)
@@ -96,7 +96,7 @@ def find_causes(
 
 
 def _data_dependent(runs: Runs) -> Iterator[Cause]:
-    """Python values read from activations, that were not always the same or are not known to be."""
+    """Python values read from activations that varied, or that are not known to be constant."""
     example, *others = runs.all
     first = example.seen.reads
     told: set[tuple[str, Site | None]] = set()
@@ -127,7 +127,7 @@ def _data_dependent(runs: Runs) -> Iterator[Cause]:
 
 
 def _agrees(run: Run) -> bool:
-    """Whether both models return the same, and not only as far as rounding lets that be told."""
+    """Whether both models return the same, and rounding leaves no doubt about it."""
     return run.equal and run.unsettled is None
 
 
@@ -150,7 +150,7 @@ def _training_mode(runs: Runs) -> Iterator[Cause]:
 
 
 def _buffers(runs: Runs) -> Iterator[Cause]:
-    """Buffers that a call of the exported model writes, and those that only the eager one does."""
+    """Buffers that a call of the exported model writes, or else those that only the eager model writes."""
     written = runs.exported.written().union(*(run.written for run in runs.all))
     ours = frozenset[str]().union(*(run.seen.written for run in runs.all))
     differ = any(not run.equal for run in runs.same_sizes)
@@ -165,7 +165,7 @@ def _owner(names: set[str]) -> str:
 
 
 def _other_state(runs: Runs, modules: Sequence[ModuleError]) -> Iterator[Cause]:
-    """Parameters and buffers that hold other values than the eager model's, where a module that owns one differs."""
+    """Parameters and buffers with other values than the eager model's, if a module that owns one differs."""
     exported = runs.exported.module
     if exported is None:
         return
@@ -182,11 +182,11 @@ def _other_state(runs: Runs, modules: Sequence[ModuleError]) -> Iterator[Cause]:
 
 
 def _frozen_shape(runs: Runs, modules: Sequence[ModuleError], unseen: str | None, *, claimed: bool) -> Iterator[Cause]:
-    """Other sizes alone make the difference, and no value read from an activation does."""
+    """Runs in which other sizes alone make the difference, and no value read from an activation does."""
     read = [value.value for value in runs.example.seen.reads]
     for run in runs.all:
         if run.other_sizes and not run.equal and [value.value for value in run.seen.reads] == read:
-            how = f"it stops: {run.error}" if run.error is not None else "its outputs are others"
+            how = f"it stops: {run.error}" if run.error is not None else "its outputs differ"
             stopped = unseen.partition("stopped in ")[2].partition(":")[0] if unseen else ""
             module = None if any(not module.equal for module in modules) else stopped or None
             yield Cause(
@@ -195,7 +195,7 @@ def _frozen_shape(runs: Runs, modules: Sequence[ModuleError], unseen: str | None
 
 
 def captured_casts(runs: Runs) -> Iterator[CapturedCasts]:
-    """The casts to low precision that the graph makes and the eager model, on the example, does not."""
+    """Yield the casts to low precision that the graph makes and the eager model, on the example, does not."""
     eager, seen = runs.eager, runs.example.seen
     own = {dtype_name(t.dtype) for t in (*eager.parameters(), *eager.buffers(), *seen.inputs.tensors)}
     counts: Counter[tuple[str, str]] = Counter()
@@ -210,11 +210,10 @@ def captured_casts(runs: Runs) -> Iterator[CapturedCasts]:
 
 
 def rounding(runs: Runs) -> tuple[float, float] | None:
-    """Where a low-precision export differs from a low-precision eager model by rounding alone: the relative errors of
-    both against the eager model in float32.
+    """The relative errors of the eager model and its export in low precision, if they differ by rounding alone.
 
-    It is rounding where the export, too, is right in float32, or where that cannot be tried, where its error is of the
-    size of the eager model's.
+    Both errors are relative to the eager model in float32. It is rounding if the export is right in float32 too or, if
+    that cannot be tried, if its error is about as large as the eager model's.
     """
     unequal = [run for run in runs.same_sizes if not run.equal and run.error is None]
     low = {dtype_name(p.dtype) for p in runs.eager.parameters()} & LOW_PRECISION

@@ -1,4 +1,4 @@
-"""Does an exported model still compute what the eager one does, and where does it stop?"""
+"""Check whether an exported model still computes what the eager one does, and where it stops doing so."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ def compare(
     fail_on: str = "never",
     trusted: bool = False,
 ) -> Report:
-    """Run ``eager`` and its export on the same inputs, and say whether and in which module they part.
+    """Run ``eager`` and its export on the same inputs, and report whether they differ and in which module.
 
     ``exported`` is what ``torch.jit.trace``, ``torch.jit.script``, ``torch.export.export`` or
-    ``torch.onnx.export(dynamo=True)`` returned, or the path of a file they saved (``.pt``, ``.pt2``, ``.onnx``).
+    ``torch.onnx.export(dynamo=True)`` returned, or the path of a file saved by them (``.pt``, ``.pt2``, ``.onnx``).
     ``inputs`` is a tensor, a sequence of positional arguments or a mapping of keyword arguments. Both models also run
-    on fresh inputs of the same shapes and ranges, on ``fresh_inputs`` where those are given, and on other sizes where
-    the export claims to take them. A trace claims nothing: there, a size it stops at is a warning, unless
-    ``dynamic_batch`` is true, and false leaves other sizes out.
+    on fresh inputs of the same shapes and ranges, on ``fresh_inputs`` if given, and on other sizes if the export claims
+    to take them. A trace claims nothing: a size at which it stops is a warning, unless ``dynamic_batch`` is true. False
+    leaves other sizes out.
 
-    ``outputs`` takes what the eager model returns and gives what of it was exported, where that is not all:
+    ``outputs`` takes what the eager model returns and gives the part that was exported, if that is not all of it:
     ``lambda y: y["logits"]``.
 
-    A tensor is equal where no value differs by more than ``atol`` and ``rtol`` times the largest value of the tensor,
-    and of each of its rows and channels; the defaults go by dtype and are named in the report. Both run without
-    gradients, in the mode (training or evaluation) and under the autocast setting they are found in; buffers and
-    random state are put back.
+    A tensor is equal if no value differs by more than ``atol`` plus ``rtol`` times the largest value of the tensor, and
+    of each of its rows and channels; the defaults depend on the dtype and are named in the report. Both models run
+    without gradients, in the mode (training or evaluation) and under the autocast setting they are found in; buffers
+    and random state are put back.
 
-    A ``.pt2`` file can run code when PyTorch loads it, and is loaded only where it is said to be ``trusted``.
+    A ``.pt2`` file can run code when PyTorch loads it, and is loaded only if it is ``trusted``.
 
-    The comparison is ``report.comparison``. Raises ``ValueError`` with one sentence for inputs or files that cannot
-    be compared, and ``FindingsError`` where a finding reaches ``fail_on``.
+    The comparison is ``report.comparison``. Raises ``ValueError`` with one sentence for inputs or files that cannot be
+    compared, and ``FindingsError`` if a finding reaches ``fail_on``.
     """
     rules = [rule for rule in selected(select, ignore) if "comparison" in rule.needs]
     limit = threshold(fail_on)
@@ -90,7 +90,10 @@ def compare(
 
 
 def _add_other_sizes(runs: Runs, example: Inputs) -> None:
-    """A model that halves its images refuses one pixel more, and takes twice as many."""
+    """Run on other sizes: one more or, if the eager model refuses that, twice as many.
+
+    A model that halves its images refuses one pixel more, and takes twice as many.
+    """
     for double in (False, True):
         shapes = runs.exported.resized_shapes(example, double=double) or _other_batch(example)
         if shapes is None or shapes == [tuple(tensor.shape) for tensor in example.tensors]:
@@ -100,7 +103,7 @@ def _add_other_sizes(runs: Runs, example: Inputs) -> None:
 
 
 def _other_batch(example: Inputs) -> list[tuple[int, ...]] | None:
-    """One more in the first dimension of every tensor that has the first tensor's size there."""
+    """The shapes with one more in the first dimension of every tensor that has the first tensor's size there."""
     shapes = [tuple(tensor.shape) for tensor in example.tensors]
     size = next((shape[0] for shape in shapes if shape), None)
     if size is None:
@@ -134,7 +137,7 @@ def _compared(runs: Runs, *, claimed: bool) -> Comparison:
 
 
 def _decisive(runs: Runs, *, claimed: bool) -> list[Run]:
-    """The runs the verdict rests on. That a trace stops at a size it does not claim to take is told by its cause."""
+    """The runs the verdict rests on. If a trace stops at a size it does not claim to take, its cause says so."""
     if claimed:
         return runs.all
     differ = any(not run.equal for run in runs.same_sizes)

@@ -1,4 +1,4 @@
-"""Running the eager model and seeing, module by module, what it computes, and what of it the dispatcher cannot see."""
+"""Run the eager model and see, module by module, what it computes and what of that the dispatcher cannot see."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LOW = {torch.float16, torch.bfloat16}
 
 @dataclass
 class Call:
-    """One call of a module: the tensors that went in and came out, as they were then."""
+    """One call of a module: the tensors that went in and came out, as they were at the time."""
 
     module: str
     type: str
@@ -42,8 +42,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Untracked:
-    """A tensor whose content no op computed from the inputs, as it was when first seen. ``target`` is the function
-    that is called there (``package.module:function``)."""
+    """A tensor whose content no op computed from the inputs, as it was when first seen.
+
+    ``target`` is the function called there (``package.module:function``).
+    """
 
     key: tuple[str, int, str, int]
     module: str
@@ -65,8 +67,10 @@ class Read:
 
 @dataclass
 class Observation:
-    """A run of the eager model. ``casts`` counts casts to low precision by module and dtype; ``written`` are the
-    buffers the run changed."""
+    """A run of the eager model.
+
+    ``casts`` counts casts to low precision by module and dtype; ``written`` are the buffers that the run changed.
+    """
 
     inputs: Inputs
     outputs: object = None
@@ -78,10 +82,10 @@ class Observation:
 
 
 def observe(model: nn.Module, inputs: Inputs, seed: int) -> Observation:
-    """Run ``model`` once without gradients. Buffers and random state are put back. The model's own errors pass.
+    """Run ``model`` once without gradients, and put buffers and random state back. The model's own errors pass through.
 
-    Where every tensor comes from is followed by the memory it lies in: what an op computes from something that
-    depends on the inputs depends on them too. Lines are found with ``sys.settrace``, in Python code outside PyTorch.
+    Tensors are followed by the memory they lie in: what an op computes from something that depends on the inputs
+    depends on them too. Lines are found with ``sys.settrace``, in Python code outside PyTorch.
     """
     given = inputs.copied()
     seen = Observation(inputs)
@@ -95,8 +99,10 @@ def observe(model: nn.Module, inputs: Inputs, seed: int) -> Observation:
 
 
 def modules_run(model: nn.Module, inputs: Inputs, seed: int) -> tuple[Any, list[Call]]:
-    """Run ``model`` once without gradients: its outputs, and what its modules took and gave, in the order in which
-    their calls ended."""
+    """Run ``model`` once without gradients; return its outputs and the calls of its modules.
+
+    The calls hold what the modules took and returned, in the order in which they ended.
+    """
     names = module_names(model)
     counts: Counter[str] = Counter()
     stack: list[list[Tensor]] = []
@@ -116,14 +122,14 @@ def modules_run(model: nn.Module, inputs: Inputs, seed: int) -> tuple[Any, list[
 
 
 def eager_outputs(model: nn.Module, inputs: Inputs, seed: int) -> Any:
-    """What ``model`` returns, without gradients. Buffers and random state are put back."""
+    """What ``model`` returns without gradients. Buffers and random state are put back."""
     given = inputs.copied()
     with torch.no_grad(), quiet_state(seed, model):
         return snapshot(model(*given.args, **given.kwargs))
 
 
 def outputs_rounded_otherwise(model: nn.Module, inputs: Inputs, seed: int) -> Any:
-    """The same where what float32 and float64 modules compute is changed by as little as rounding does."""
+    """What ``model`` returns if noise as small as rounding is added to what its float32 and float64 modules compute."""
     generator = torch.Generator().manual_seed(seed)
 
     def nudge(tensor: Tensor) -> Tensor:
@@ -142,8 +148,10 @@ def outputs_rounded_otherwise(model: nn.Module, inputs: Inputs, seed: int) -> An
 
 @contextlib.contextmanager
 def quiet_state(seed: int, *models: nn.Module) -> Iterator[Callable[[], list[str]]]:
-    """Random state seeded, and put back afterwards with the buffers of ``models``. Yields a function that tells the
-    names of the buffers that changed meanwhile."""
+    """Seed the random state, and afterwards put it back, with the buffers of ``models``.
+
+    Yields a function that returns the names of the buffers that have changed meanwhile.
+    """
     owned = [(name, buffer) for model in models for name, buffer in model.named_buffers()]
     kept = [(name, buffer, buffer.detach().clone()) for name, buffer in owned if buffer is not None]
     attributes = [(m, n, b) for model in models for m in model.modules() for n, b in m._buffers.items()]
@@ -172,12 +180,12 @@ def quiet_state(seed: int, *models: nn.Module) -> Iterator[Callable[[], list[str
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, NaN included."""
+    """Whether two tensors are the same in shape, dtype and every value, NaN included."""
     return a.shape == b.shape and a.dtype == b.dtype and same_values(a, b)
 
 
 def snapshot(value: Any) -> Any:
-    """A copy of nested outputs that later in-place writes do not reach."""
+    """Copy nested outputs, so that later in-place writes do not reach them."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
@@ -208,7 +216,7 @@ def _inside_modules(model: nn.Module, probe: _Dataflow) -> AbstractContextManage
 
 @contextlib.contextmanager
 def _module_hooks(model: nn.Module, enter: Callable[..., None], leave: Callable[..., Any]) -> Iterator[None]:
-    """Hooks on every module, around its calls."""
+    """Put hooks around the calls of every module."""
     handles: list[RemovableHandle] = []
     try:
         for module in model.modules():
@@ -222,7 +230,7 @@ def _module_hooks(model: nn.Module, enter: Callable[..., None], leave: Callable[
 
 
 class _Dataflow(TorchDispatchMode):
-    """Follows which memory holds what depends on the inputs, and keeps what does not although it is new."""
+    """Tracks which memory depends on the inputs, and keeps new tensors that do not."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, seen: Observation) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -279,7 +287,7 @@ class _Dataflow(TorchDispatchMode):
         return self.module[-1] if self.module else ""
 
     def meet(self, tensor: Tensor, frame: tuple[FrameType, int] | None) -> None:
-        """A tensor was seen: is its memory known, and does it still hold what an op put there?"""
+        """Keep a tensor that no op made, or whose blank memory something other than an op has filled."""
         memory = _memory(tensor)
         if not memory:
             return
@@ -317,8 +325,10 @@ class _Dataflow(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _lines(probe: _Dataflow, packages: frozenset[str]) -> Iterator[None]:
-    """Show the probe every tensor that a line of Python leaves in a local variable or returns: of the user's code, and
-    of the ``packages`` that the model's classes come from."""
+    """Show the probe every tensor that a line of Python leaves in a local variable or returns.
+
+    The lines are the user's, and those of the ``packages`` that the model's classes come from.
+    """
     last: dict[int, int] = {}
     wanted: dict[str, bool] = {}
 
@@ -372,7 +382,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that the op writes to, by its schema."""
+    """The tensors that an op writes to, by its schema."""
     found: list[Tensor] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -381,7 +391,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 
 def _place() -> tuple[FrameType, int] | None:
-    """The innermost user frame below AmpCheck's own, else the innermost that is not PyTorch's, and its line."""
+    """The innermost user frame below AmpCheck's own, else the innermost one outside PyTorch, with its line."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and is_ours(frame.f_code.co_filename):
         frame = frame.f_back
@@ -406,8 +416,10 @@ def _site_of(frame: FrameType, line: int) -> Site:
 
 
 def _called(frame: FrameType, code: str) -> str | None:
-    """The function called in a line that is neither PyTorch's nor NumPy's nor a module of the model, as a place where
-    it can be exchanged: ``package.module:name``."""
+    """The function that a line calls, as a place where it can be exchanged: ``package.module:name``.
+
+    Skips functions of PyTorch and NumPy, and modules of the model.
+    """
     for dotted in re.findall(r"([A-Za-z_][\w.]*)\s*\(", code):
         first, *rest = dotted.split(".")
         if first in frame.f_locals or first not in frame.f_globals:

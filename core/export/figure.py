@@ -1,4 +1,4 @@
-"""A picture of the error growing along the network."""
+"""Plot the error as it grows along the network."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ _NAMED = 40
 
 
 def draw_errors(comparison: Comparison, path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Draw the relative error of every module in execution order, on a logarithmic scale, and mark the modules that
-    differ. Saved as PNG and as SVG beside it, whatever suffix ``path`` has; returns both paths.
+    """Plot the relative error of every module in execution order, on a log scale, and mark the modules that differ.
 
-    Raises ``ValueError`` where matplotlib is not installed, where no module was compared, or where the file cannot be
-    written.
+    Saves a PNG, and an SVG beside it, whatever suffix ``path`` has; returns both paths. Raises ``ValueError`` if
+    matplotlib is not installed, if no module was compared, or if the file cannot be written.
     """
     if not comparison.modules:
         raise ValueError(f"there is nothing to draw: {comparison.unseen or 'no module was compared'}")
@@ -27,7 +26,7 @@ def draw_errors(comparison: Comparison, path: str | os.PathLike[str]) -> tuple[P
         raise ValueError('matplotlib is not installed: pip install "ampcheck[export]"') from error
     modules = comparison.modules
     finite = [m.relative for m in modules if 0 < m.relative < math.inf]
-    # Zero and infinity have no place on a logarithmic scale: they lie at its ends.
+    # Zero and infinity have no place on a log scale: put them at its ends.
     low, high = (min(finite) / 10, max(finite) * 10) if finite else (1e-9, 1.0)
     heights = [low if m.relative == 0 else min(m.relative, high) for m in modules]
     figure = Figure(figsize=(min(4 + 0.18 * len(modules), 20), 4.5), layout="constrained")

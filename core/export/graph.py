@@ -18,8 +18,11 @@ from ampcheck.trace import OpaqueCall, Site
 
 
 class Constant(NamedTuple):
-    """A tensor constant of the graph; without a value, one the graph makes blank (``zeros``, ``empty``) and in which
-    only something outside the dispatcher can have put more."""
+    """A tensor constant of the graph.
+
+    Without a value, it is one that the graph creates blank (``zeros``, ``empty``), and that only something outside the
+    dispatcher can have filled.
+    """
 
     module: str
     value: Tensor | None
@@ -35,7 +38,7 @@ class Cast(NamedTuple):
 
 
 class TrainingOp(NamedTuple):
-    """A dropout that drops, or a normalization by the batch."""
+    """A dropout that drops, or a normalization by batch statistics."""
 
     op: str
     module: str
@@ -44,7 +47,7 @@ class TrainingOp(NamedTuple):
 
 @dataclass(frozen=True)
 class Visible:
-    """The dtype and sizes an export says an input has; a size that may be any is ``None``."""
+    """The dtype and sizes that an export declares for an input; ``None`` for a size that may vary."""
 
     name: str
     dtype: torch.dtype | None
@@ -52,8 +55,10 @@ class Visible:
 
 
 class Value(NamedTuple):
-    """A value of a flat graph: the modules it was made in, outermost first, and those of each use (``None``: it is an
-    output)."""
+    """A value of a flat graph.
+
+    ``modules`` are those it was made in, outermost first, and ``users`` those of each use (``None``: it is an output).
+    """
 
     tensor: Tensor
     modules: tuple[str, ...]
@@ -64,8 +69,10 @@ POOLED = -1
 
 
 def pooled(values: list[Value], named: Callable[[str], str]) -> list[Call]:
-    """What crosses the borders of each module in a flat graph. Calls of one module are not told apart; its last
-    value puts a module in its place in the order."""
+    """What crosses the border of each module in a flat graph.
+
+    It does not tell the calls of one module apart; the last value of a module puts it in its place in the order.
+    """
     outputs: dict[str, list[Tensor]] = {}
     inputs: dict[str, list[Tensor]] = {}
     for tensor, modules, users in values:
@@ -80,7 +87,7 @@ def pooled(values: list[Value], named: Callable[[str], str]) -> list[Call]:
 
 
 def around(module: str) -> tuple[str, ...]:
-    """``("", "a", "a.b")`` of ``a.b``."""
+    """``("", "a", "a.b")`` for ``a.b``."""
     parts = module.split(".") if module else []
     return tuple(".".join(parts[:length]) for length in range(len(parts) + 1))
 
@@ -100,9 +107,10 @@ def _joined(path: str, part: str) -> Iterator[str]:
 class Exported(abc.ABC):
     """An exported model.
 
-    ``format`` is what to call it, ``practice`` whose tolerance it is held to, ``traced`` whether one run on an example
-    made it, so that other sizes are nothing it claims to take. ``names`` maps every name of a module of the eager model
-    to its first one (a module may have two parents), and ``parameters`` are the names of its forward's parameters.
+    ``format`` is what to call it, and ``practice`` whose tolerance it is held to. ``traced`` says that one run on an
+    example made it, so that it does not claim to take other sizes. ``names`` maps every name of a module of the eager
+    model to its first one (a module may have two parents), and ``parameters`` are the names of its forward's
+    parameters.
     """
 
     format: str
@@ -112,13 +120,15 @@ class Exported(abc.ABC):
     parameters: tuple[str, ...] = ()
 
     def named(self, module: str) -> str:
-        """The name the eager model calls a module by."""
+        """The eager model's name for a module."""
         return self.names.get(module, module)
 
     def chain(self, parts: Iterable[str]) -> tuple[str, ...]:
-        """The modules of the eager model that ``parts`` name, outermost first. A part is a path from the outermost
-        module or from the one before it, may repeat the last names of that (``a.list.0``, ``list.0.1``), and carries a
-        suffix where it is another call of the module."""
+        """The modules of the eager model that ``parts`` name, outermost first.
+
+        A part is a path from the outermost module or from the one before it. It may repeat the last names of that one
+        (``a.list.0``, ``list.0.1``), and carries a suffix if it is another call of the module.
+        """
         path = ""
         for part in parts:
             for spelled in (part, re.sub(r"_\d+$", "", part)):
@@ -130,31 +140,33 @@ class Exported(abc.ABC):
 
     @property
     def module(self) -> nn.Module | None:
-        """The module that holds parameters and buffers, where there is one."""
+        """The module that holds parameters and buffers, if there is one."""
         return None
 
     def arity(self) -> tuple[int, int] | None:
-        """The least and the largest number of arguments, where known."""
+        """The smallest and the largest number of arguments, if known."""
         return None
 
-    def check(self, inputs: Inputs) -> None:  # noqa: B027 - most forms take whatever has the right number
-        """Raises ``ValueError`` for inputs that cannot be handed to it."""
+    def check(self, inputs: Inputs) -> None:  # noqa: B027 - most forms take any inputs of the right number
+        """Raise ``ValueError`` for inputs that cannot be passed to it."""
 
     def declared(self) -> tuple[Visible, ...]:
-        """What it says of its inputs, in order."""
+        """What it declares about its inputs, in order."""
         return ()
 
     def in_float32(self) -> Exported | None:
-        """The same with float32 parameters, where it can be had."""
+        """The same model with float32 parameters, if it can be had."""
         return None
 
     def written(self) -> set[str]:
-        """The buffers that the graph says it writes."""
+        """The buffers that it writes, according to its graph."""
         return set()
 
     def resized_shapes(self, inputs: Inputs, *, double: bool = False) -> list[tuple[int, ...]] | None:
-        """Other sizes that it claims to take, for every input tensor: one more, or twice as many. ``None`` where it
-        claims nothing."""
+        """Other sizes that it claims to take, for every input tensor: one more, or twice as many.
+
+        Returns ``None`` if it claims nothing.
+        """
         return None
 
     @abc.abstractmethod
@@ -163,7 +175,7 @@ class Exported(abc.ABC):
 
     @abc.abstractmethod
     def calls(self, inputs: Inputs, seed: int) -> tuple[list[Call], str | None]:
-        """What its modules computed, in order, and why that is not all."""
+        """What its modules computed, in order, and why that is incomplete."""
 
     @abc.abstractmethod
     def constants(self) -> Iterator[Constant]: ...

@@ -1,4 +1,4 @@
-"""Taking the plain PyTorch path of a custom kernel for the time of an export."""
+"""Take the plain PyTorch path of a custom kernel during an export."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 
 class Kernel(NamedTuple):
-    """A function that calls an extension past the dispatcher, and the one of its library that does the same in tensor
-    operations. Both are written ``package.module:name``. ``takes`` are the arguments of the first, by position, that
-    the second takes."""
+    """A function that calls an extension past the dispatcher, and its library's equivalent in tensor operations.
+
+    Both are written ``package.module:name``. ``takes`` are the positions of the arguments that the second takes from
+    those of the first.
+    """
 
     function: str
     plain: str
@@ -47,10 +49,10 @@ def plain_kernels(exchange: Mapping[str, Callable[..., Any]] | None = None) -> I
 
     ``exchange`` maps a function, written ``package.module:name`` as the code that calls it finds it, to one that takes
     the same arguments and computes the same in tensor operations. Known kernels are those of ``KERNELS`` whose library
-    has been imported. Yields the names of the functions that were exchanged; all are put back afterwards. Raises
-    ``ValueError`` for a name that does not exist.
+    has been imported. Yields the names of the exchanged functions; all are put back afterwards. Raises ``ValueError``
+    for a name that does not exist.
 
-    The names are looked up in modules: what a model kept a reference to of its own is not exchanged.
+    Names are looked up in modules: a reference that a model keeps itself is not exchanged.
     """
     exchanged: dict[str, Callable[..., Any]] = {}
     for kernel in KERNELS:
@@ -81,7 +83,7 @@ def _taking(plain: Callable[..., Any], positions: tuple[int, ...]) -> Callable[.
 
 
 def _found(name: str) -> tuple[Any, str, Any]:
-    """The owner, the attribute and what it holds."""
+    """The owner, the attribute's name and its value."""
     module, _, path = name.partition(":")
     *outer, attribute = path.split(".")
     try:

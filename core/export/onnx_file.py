@@ -1,4 +1,4 @@
-"""ONNX models through onnxruntime, and through onnx where that is installed to look into them."""
+"""Run ONNX models with onnxruntime, and look into them with onnx if that is installed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class OnnxModel(Exported):
 
     def calls(self, inputs: Inputs, seed: int) -> tuple[list[Call], str | None]:
         if self._proto is None:
-            return [], "onnx is not installed, and without it the model cannot be looked into"
+            return [], "onnx is not installed, and the model cannot be inspected without it"
         model = type(self._proto)()
         model.CopyFrom(self._proto)
         places = {output: self._stack(node) for node in model.graph.node for output in node.output}
@@ -181,7 +181,7 @@ class OnnxModel(Exported):
     def _feed(self, inputs: Inputs) -> dict[str, np.ndarray[Any, Any]]:
         names = [argument.name for argument in self._session.get_inputs()]
         tensors = inputs.tensors
-        # The exporters drop an input that the graph does not use.
+        # The exporters drop inputs that the graph does not use.
         named = dict(zip(self.parameters, inputs.args, strict=False)) | dict(inputs.kwargs)
         if (not inputs.args or len(tensors) != len(names)) and all(isinstance(named.get(n), Tensor) for n in names):
             tensors = [named[name] for name in names]
@@ -215,7 +215,7 @@ def _tensor(array: Any) -> Any:
 
 
 def _parts(node: Any) -> list[str]:
-    """The modules a node came from: the exporter's metadata, else its name (``/layer1/layer1.0/conv1/Conv``)."""
+    """The modules a node came from, by the exporter's metadata, else by its name (``/layer1/layer1.0/conv1/Conv``)."""
     if node is None:
         return []
     parts = node.name.split("/")[1:-1] if node.name.startswith("/") else []

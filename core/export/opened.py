@@ -1,4 +1,4 @@
-"""Opening what a user calls an export, and telling in one sentence what it cannot be compared on."""
+"""Open what a user calls an export, and say in one sentence what it cannot be compared on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from ampcheck.observe.walk import dtype_name, module_names
 
 
 def opened_export(exported: object, eager: nn.Module, *, trusted: bool) -> Exported:
-    """The exported model behind an object or a path, with the names of ``eager``. Raises ``ValueError``, and so for a
-    file that runs code when it is loaded, unless it is ``trusted``."""
+    """The exported model behind an object or a path, with the names of ``eager``.
+
+    Raises ``ValueError``, also for a file that runs code when it is loaded, unless it is ``trusted``.
+    """
     opened = _opened(exported, trusted)
     first = module_names(eager)
     opened.names = {name: first[id(module)] for name, module in eager.named_modules(remove_duplicate=False)}
@@ -39,7 +41,7 @@ def _opened(exported: object, trusted: bool) -> Exported:
         return _onnx(None, proto)
     if not isinstance(exported, (str, os.PathLike)):
         raise ValueError(
-            f"a {type(exported).__name__} is no exported model: give a TorchScript module, an ExportedProgram, an "
+            f"a {type(exported).__name__} is not an exported model: give a TorchScript module, an ExportedProgram, an "
             "ONNXProgram or the path of a file"
         )
     path = Path(exported)
@@ -49,8 +51,8 @@ def _opened(exported: object, trusted: bool) -> Exported:
         return _onnx(path)
     if path.suffix == ".pt2" and not trusted:
         raise ValueError(
-            f"{str(path)!r} can run code when it is loaded, since torch.export.load reads pickles: say that it is "
-            "trusted, by `trusted=True` or `--trusted`"
+            f"{str(path)!r} can run code when it is loaded, since torch.export.load reads pickles: if you trust "
+            "it, pass `trusted=True` or `--trusted`"
         )
     try:
         with quiet():
@@ -70,7 +72,7 @@ def _onnx(path: Path | None, proto: Any = None) -> Exported:
 
 
 def check_inputs(eager: nn.Module, exported: Exported, given: Inputs) -> None:
-    """Raises ``ValueError`` for inputs that one of the two cannot be run on."""
+    """Raise ``ValueError`` for inputs that one of the two models cannot run on."""
     try:
         inspect.signature(eager.forward).bind(*given.args, **given.kwargs)
     except TypeError as error:
@@ -112,7 +114,7 @@ def _fits(tensor: Tensor, shape: Sequence[int | None]) -> bool:
 
 
 def check_dtype(exported: Exported, given: Inputs, error: Exception) -> None:
-    """Raises ``ValueError`` where the inputs' dtype is why the exported model raised ``error``."""
+    """Raise ``ValueError`` if the inputs' dtype is why the exported model raised ``error``."""
     module = exported.module
     held = {p.dtype for p in module.parameters() if p.is_floating_point()} if module is not None else set()
     inputs = {tensor.dtype for tensor in given.tensors if tensor.is_floating_point()}
@@ -123,7 +125,7 @@ def check_dtype(exported: Exported, given: Inputs, error: Exception) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: the last that names an error, else the first."""
+    """The message of an error in one line: the last one that names an error, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "Error: " in line]
     return (told[-1] if told else lines[0]).rstrip(".") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""`torch.export` programs: running one node by node, and reading its graph."""
+"""`torch.export` programs: run them node by node, and read their graph."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Program(Exported):
         with torch.no_grad(), quiet_state(seed, self._module):
             try:
                 interpreter.run(*flat, enable_io_processing=False)
-            except Exception as error:  # noqa: BLE001 - whatever an op of the user's raises
+            except Exception as error:  # noqa: BLE001 - whatever a user's op raises
                 return pooled(interpreter.values, self.named), f"the program stopped: {str(error).splitlines()[0]}"
         return pooled(interpreter.values, self.named), None
 
@@ -141,7 +141,7 @@ class Program(Exported):
         return self.named(self._stack(node)[-1])
 
     def _calls(self) -> Iterator[fx.Node]:
-        """Nodes that call something, those of inner graphs included."""
+        """Yield the nodes that call something, those of inner graphs included."""
         for module in self._program.graph_module.modules():
             if isinstance(module, fx.GraphModule):
                 for node in module.graph.nodes:
@@ -175,13 +175,13 @@ def _flat(inputs: Inputs, spec: Any) -> list[Any]:
 
 
 def _arguments(spec: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the form ``spec``, with numbers for tensors."""
+    """Positional and keyword arguments of the form ``spec``, with numbers in place of tensors."""
     args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     return args, kwargs
 
 
 def _parts(node: fx.Node) -> list[str]:
-    """The modules of a node by name: ``bs.0`` also where it is written ``L['self'].bs[0]``."""
+    """The modules of a node by name: ``bs.0`` even if it is written ``L['self'].bs[0]``."""
     names = []
     for name, _ in (node.meta.get("nn_module_stack") or {}).values():
         name = re.sub(r"@\d+", "", str(name))
@@ -197,7 +197,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _site(node: fx.Node) -> Site | None:
-    """The user's innermost line in a node's stack, else the innermost outside PyTorch."""
+    """The user's innermost line in a node's stack, else the innermost one outside PyTorch."""
     outside: Site | None = None
     for match in reversed(list(_FRAME.finditer(node.meta.get("stack_trace") or ""))):
         file, line = match["file"], int(match["line"])

@@ -1,4 +1,4 @@
-"""Running the eager model and its export on the same inputs."""
+"""Run the eager model and its export on the same inputs."""
 
 from __future__ import annotations
 
@@ -42,9 +42,12 @@ Choose = Callable[[Any], Any]
 
 @dataclass
 class Run:
-    """Both models on one input. ``outputs`` are those of the eager model that are compared, ``error`` is what the
-    exported model raised, ``written`` names the buffers that its run changed. ``unsettled`` is the largest difference
-    that is none of the export's: changes of the size of rounding change what the eager model returns as much."""
+    """Both models on one input.
+
+    ``outputs`` are the eager model's outputs that are compared, ``error`` is what the exported model raised,
+    ``written`` names the buffers that its run changed. ``unsettled`` is the largest difference that is not the export's
+    fault: changes as small as rounding change what the eager model returns as much.
+    """
 
     seen: Observation
     outputs: dict[str, Tensor]
@@ -74,8 +77,10 @@ class Runs:
         self.all: list[Run] = []
 
     def add(self, given: Inputs, *, required: bool = False, other_sizes: bool = False) -> bool:
-        """Run both; false for inputs that are not ``required`` and that the eager model refuses. Raises
-        ``ValueError``."""
+        """Run both models; return false if the eager model refuses inputs that are not ``required``.
+
+        Raises ``ValueError``.
+        """
         try:
             seen = observe(self.eager, given, self.seed)
         except Exception as error:
@@ -105,10 +110,10 @@ class Runs:
         return True
 
     def _settle(self, run: Run, others: dict[str, Tensor]) -> None:
-        """Scores that tie, say, come out of a sort in any order: no export can be held to one of them."""
+        """Excuse differences to which no export can be held: tied scores, for example, leave a sort in any order."""
         try:
             again = self._chosen(outputs_rounded_otherwise(self.eager, run.seen.inputs, self.seed))
-        except Exception:  # noqa: BLE001 - then nothing is known of it
+        except Exception:  # noqa: BLE001 - then nothing is known about it
             return
         for name, found in run.distances.items():
             other = others.get(name)
@@ -117,9 +122,11 @@ class Runs:
                 run.unsettled = max(run.unsettled or found, found, key=lambda apart: apart.relative)
 
     def _as_unsettled(self, eager: Tensor, other: Tensor, again: Tensor | None) -> bool:
-        """Whether ``again``, what the eager model returns where it rounds otherwise, is as far from ``eager`` as
-        ``other`` is, value by value and with the values sorted along every axis and as a whole: another order
-        excuses no other values."""
+        """Whether ``again``, the eager model's output if it rounds otherwise, is as far from ``eager`` as ``other`` is.
+
+        Compares value by value, and with the values sorted along every axis and as a whole: another order does not
+        excuse other values.
+        """
         if again is None:
             return True
 
@@ -133,7 +140,7 @@ class Runs:
         )
 
     def _chosen(self, outputs: object) -> dict[str, Tensor]:
-        """The eager model's outputs that the export returns too."""
+        """The outputs of the eager model that the export returns too."""
         if self._choose is None:
             return named_tensors(outputs)
         try:
@@ -151,7 +158,7 @@ class Runs:
         )
         fewer = len(found) < len(expected) and self._choose is None
         return (
-            f"{text}; say with the option `outputs` (`lambda y: y[0]`, say) what of it was exported" if fewer else text
+            f"{text}; use the option `outputs` (`lambda y: y[0]`, say) to select what was exported" if fewer else text
         )
 
     @property
@@ -173,7 +180,7 @@ class Runs:
         return [run for run in self.all if not run.equal]
 
     def outputs(self, decisive: Sequence[Run]) -> Iterator[OutputError]:
-        """Every output on the one of the ``decisive`` runs that it differs most on."""
+        """Every output, on the ``decisive`` run on which it differs most."""
         for name, tensor in decisive[0].outputs.items():
             worst = max(decisive, key=lambda run: (not run.distances[name].equal, run.distances[name].relative))
             found = worst.distances[name]
@@ -188,7 +195,7 @@ class Runs:
             )
 
     def modules(self) -> tuple[tuple[ModuleError, ...], str | None]:
-        """Both models module by module on the inputs they differ most on, and why that is not all of them."""
+        """Both models module by module, on the inputs on which they differ most, and why that is incomplete."""
         ranked = sorted(self.all, key=lambda run: (not run.equal, run.error is None, not run.other_sizes, run.relative))
         settled = [run for run in self.all if run.unsettled is None] or self.all
         worst = ranked[-1] if self.unequal else settled[:2][-1]
@@ -197,8 +204,11 @@ class Runs:
         return tuple(_that_matter(errors)), unseen
 
     def relative_errors(self, reference: nn.Module, wide: Inputs, run: Run) -> tuple[float, float, float | None]:
-        """How far the eager outputs of ``run``, those of the exported model and those of its float32 twin (``None``:
-        there is none) are from the outputs of ``reference`` on ``wide``."""
+        """How far outputs are from those of ``reference`` on ``wide``.
+
+        They are the eager outputs of ``run``, those of the exported model, and those of its float32 twin (``None``: it
+        has none).
+        """
         expected = self._chosen(eager_outputs(reference, wide, self.seed))
         twin = self.exported.in_float32()
         return (
@@ -227,8 +237,11 @@ def _listed(tensors: dict[str, Tensor]) -> str:
 
 
 def module_errors(first: Sequence[Call], second: Sequence[Call], tolerances: Tolerances) -> Iterator[ModuleError]:
-    """The calls that were seen on both sides. An export may return more from a module than the module did, and in
-    another order: an output agrees where any tensor of its shape does."""
+    """Yield the errors of the calls seen on both sides.
+
+    An export may return more from a module than the module did, and in another order: an output agrees if any tensor of
+    its shape does.
+    """
     others: dict[tuple[str, int], Call] = {(call.module, call.index): call for call in second}
     ours = Counter((call.module, tensor.shape) for call in first for tensor in _made(call))
     theirs = Counter((call.module, tensor.shape) for call in second for tensor in call.outputs)
@@ -237,7 +250,7 @@ def module_errors(first: Sequence[Call], second: Sequence[Call], tolerances: Tol
         if other is None:
             continue
         made = _made(call)
-        # Which of the calls a flat graph left out is not to be told.
+        # It is unknown which of the calls a flat graph left out.
         if other.index == POOLED and any(theirs[call.module, t.shape] < ours[call.module, t.shape] for t in made):
             continue
         taken = max(
@@ -266,7 +279,7 @@ def module_errors(first: Sequence[Call], second: Sequence[Call], tolerances: Tol
 
 
 def _made(call: Call) -> list[Tensor]:
-    """The outputs of a call. What a module hands through beside them may be missing from the graph."""
+    """The outputs that a call made. Tensors that a module only passes through may be missing from the graph."""
     return [tensor for tensor in call.outputs if not _among(tensor, call.inputs)] or call.outputs
 
 
@@ -275,8 +288,10 @@ def _among(tensor: Tensor, others: Sequence[Tensor]) -> bool:
 
 
 def _that_matter(errors: Sequence[ModuleError]) -> Iterator[ModuleError]:
-    """Without the calls that differ inside one whose output agrees: an export may fold a normalization into the
-    convolution before it, and then the convolution alone differs."""
+    """Leave out the calls that differ inside one whose output agrees.
+
+    An export may fold a normalization into the convolution before it, and then the convolution alone differs.
+    """
     for index, error in enumerate(errors):
         around: dict[str, ModuleError] = {}
         for later in errors[index + 1 :] if not error.equal else ():

@@ -22,10 +22,12 @@ from ampcheck.trace import Comparison, OutputError, Trace
 
 @dataclass(frozen=True)
 class Setting:
-    """How to run a model. ``autocast`` is the autocast dtype (``None``: off), ``device`` where a copy of the model and
-    the inputs go (``None``: where they are), ``dtype`` what a copy of the model and the floating inputs are cast to,
-    and ``plain_kernels`` takes the plain PyTorch path of custom kernels (true, or what
-    ``ampcheck.plain_kernels`` takes)."""
+    """How to run a model.
+
+    ``autocast`` is the autocast dtype (``None``: off). ``device`` is where a copy of the model and the inputs go
+    (``None``: where they are). ``dtype`` is what a copy of the model and the floating-point inputs are cast to.
+    ``plain_kernels`` takes the plain PyTorch path of custom kernels (true, or what ``ampcheck.plain_kernels`` takes).
+    """
 
     autocast: torch.dtype | None = None
     device: str | torch.device | None = None
@@ -48,12 +50,14 @@ def compare_settings(
     *,
     seed: int = 0,
 ) -> Report:
-    """Run ``model`` on ``inputs`` under two settings and compare the outputs of every module: float32 against the
-    autocast setting of the run, one device against another, a custom kernel against its plain path.
+    """Run ``model`` on ``inputs`` under two settings and compare the outputs of every module.
 
-    Nothing is judged: ``report.comparison.modules`` are the calls in execution order with the relative error of each,
-    ``report.comparison.ranked()`` the worst first, and ``str(report)`` shows the table. Raises ``ValueError`` where
-    the model does not run on the inputs.
+    For example: float32 against the autocast setting of the run, one device against another, or a custom kernel against
+    its plain path.
+
+    Nothing is judged: ``report.comparison.modules`` are the calls in execution order with their relative errors,
+    ``report.comparison.ranked()`` the worst first, and ``str(report)`` shows the table. Raises ``ValueError`` if the
+    model does not run on the inputs.
     """
     model = unwrapped(model)
     given = Inputs.of(inputs)

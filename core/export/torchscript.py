@@ -1,4 +1,4 @@
-"""TorchScript: running a trace or script with what its modules computed, and reading its graph."""
+"""TorchScript: run a trace or script, record what its modules computed, and read its graph."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FRAME = re.compile(r"(?m)^(?P<file>.+?)(?:\((?P<line>\d+)\): (?P<function>\S+)|
 
 
 class TorchScript(Exported):
-    """A module of ``torch.jit.trace`` or ``torch.jit.script``, in memory or from a file."""
+    """A module from ``torch.jit.trace`` or ``torch.jit.script``, in memory or from a file."""
 
     practice = "torch"
 
@@ -73,7 +73,7 @@ class TorchScript(Exported):
         return recorder.calls, None
 
     def _calls_by_scope(self, inputs: Inputs, seed: int) -> list[Call]:
-        """The same through the scopes of the inlined graph: a graph with Python calls cannot be copied by saving it."""
+        """The calls by the scopes of the inlined graph: saving cannot copy a graph with Python calls."""
         graph: Any = self._module.inlined_graph
         values = [
             (
@@ -108,7 +108,7 @@ class TorchScript(Exported):
 
     @functools.cached_property
     def _nodes(self) -> list[tuple[str, Any]]:
-        """Every node with the module it is in, blocks included."""
+        """Every node with the module it is in, nodes inside blocks included."""
         return [(self.named(step.module), step.node) for step in _walk(self._module)]
 
     def in_float32(self) -> Exported | None:
@@ -152,7 +152,7 @@ class TorchScript(Exported):
 
 @dataclass
 class _Recorder:
-    """What the taps report. The taps are ops, registered for as long as they are needed."""
+    """Collects what the taps report. The taps are ops, registered only as long as they are needed."""
 
     named: Callable[[str], str]
     on_value: Callable[[str, Tensor], None] | None = None
@@ -164,7 +164,7 @@ class _Recorder:
     def __enter__(self) -> _Recorder:
         self._library = torch.library.Library("ampcheck_tap", "DEF")
         for name in ("enter", "leave"):
-            # An op without outputs stays in the graph only where it may have any side effect.
+            # An op without outputs stays in the graph only if it may have any side effect.
             self._library.define(f"{name}(str name, Any value) -> ()", alias_analysis="CONSERVATIVE")
             self._library.impl(name, getattr(self, name), "CompositeExplicitAutograd")
         return self
@@ -177,7 +177,7 @@ class _Recorder:
         return self._stack[-1][0] if self._stack else ""
 
     def enter(self, name: str, value: Any) -> None:
-        """``name`` is the module's path, within the module that calls it where it begins with a dot."""
+        """Begin a call. ``name`` is the module's path, relative to the calling module if it begins with a dot."""
         path = f"{self.path}{name}".removeprefix(".") if name.startswith(".") else name
         self._stack.append((path, [tensor.detach().clone() for tensor in tensors_in(value)]))
 
@@ -203,8 +203,11 @@ def _copied(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 
 class _Owner(NamedTuple):
-    """A module inside the exported one. ``within`` is its path from the module whose method is being read (with a dot
-    before it), or from the outermost one where it was handed in as an argument."""
+    """A module inside the exported one.
+
+    ``within`` is its path from the module whose method is being read (with a dot before it), or from the outermost
+    module if it was passed in as an argument.
+    """
 
     path: str
     within: str
@@ -212,7 +215,7 @@ class _Owner(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A node, the module it is in, and for a call of another module that module."""
+    """A node, the module it is in and, if it calls another module, that one."""
 
     module: str
     graph: Any
@@ -221,13 +224,16 @@ class _Step(NamedTuple):
 
 
 def _walk(module: Any) -> Iterator[_Step]:
-    """Every node that a call of ``module`` reaches."""
+    """Yield every node that a call of ``module`` reaches."""
     script = getattr(module, "_c", module)
     yield from _walk_method(_Owner("", "", script), script._get_method("forward").graph, [], 0)
 
 
 def _walk_method(owner: _Owner, graph: Any, arguments: list[_Owner | None], depth: int) -> Iterator[_Step]:
-    """A trace of a module that has two parents hands it, as an argument, to the one it is not an attribute of."""
+    """Yield every node that a method reaches.
+
+    A trace passes a module with two parents, as an argument, to the parent that it is not an attribute of.
+    """
     own = _Owner(owner.path, "", owner.script)
     known = {
         value.debugName(): module
@@ -252,7 +258,7 @@ def _walk_block(own: _Owner, graph: Any, block: Any, known: dict[str, _Owner], d
 
 
 def _owner(value: Any, known: dict[str, _Owner]) -> _Owner | None:
-    """The module that a value of the graph is: ``GetAttr[name="0"](GetAttr[name="blocks"](self))``."""
+    """The module that a value in the graph is: ``GetAttr[name="0"](GetAttr[name="blocks"](self))``."""
     names: list[str] = []
     while value.node().kind() == "prim::GetAttr":
         names.append(value.node().s("name"))
@@ -267,7 +273,7 @@ def _owner(value: Any, known: dict[str, _Owner]) -> _Owner | None:
 
 
 def _insert_taps(module: torch.jit.ScriptModule) -> None:
-    """Around every call of a submodule: what goes in and what comes out. Modules of one type may share a graph."""
+    """Tap what goes in and what comes out, around every call of a submodule. Modules of one type may share a graph."""
     calls = {
         (id(step.graph), step.node.output().debugName()): step
         for step in _walk(module)
@@ -290,13 +296,13 @@ def _insert_taps(module: torch.jit.ScriptModule) -> None:
 
 
 def _scopes(node: Any) -> tuple[str, ...]:
-    """``("", "b1", "b1.n")`` of the scope ``__module.b1/__module.b1.n``."""
+    """``("", "b1", "b1.n")`` for the scope ``__module.b1/__module.b1.n``."""
     scopes = [scope.removeprefix("__module.").removeprefix("__module") for scope in node.scopeName().split("/")]
     return tuple(dict.fromkeys(["", *scopes]))
 
 
 def _looks_traced(module: torch.jit.ScriptModule) -> bool:
-    """A trace has no control flow and its source was a Python stack, not one file."""
+    """Whether this is a trace: it has no control flow, and comes from a Python stack, not from one file."""
     nodes = [step.node for step in _walk(module)]
     if any(node.kind() in ("prim::If", "prim::Loop") for node in nodes):
         return False
@@ -304,7 +310,7 @@ def _looks_traced(module: torch.jit.ScriptModule) -> bool:
 
 
 def _site(node: Any) -> Site | None:
-    """The user's line in a node's Python stack, innermost first, else the innermost line outside PyTorch."""
+    """The user's innermost line in a node's Python stack, else the innermost line outside PyTorch."""
     outside: Site | None = None
     for match in _FRAME.finditer(node.sourceRange()):
         file, line = match["file"].strip(), int(match["line"] or match["single"])
@@ -330,7 +336,7 @@ def _line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """TorchScript is deprecated, which whoever made the export has been told."""
+    """Silence TorchScript's deprecation warning, which whoever made the export has seen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

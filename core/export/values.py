@@ -1,4 +1,4 @@
-"""Inputs and outputs as flat tensors: drawing fresh ones, and how far two of them are apart."""
+"""Inputs and outputs as flat tensors: draw fresh ones, and measure how far apart two of them are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RELATIVE = {"torch": (1e-5, "torch.jit.trace's check_tolerance"), "onnx": (1e-3
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is called with, and what to call that: ``the example``, ``fresh values``..."""
+    """What a model is called with, and a name for it: ``the example``, ``fresh values``..."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -31,7 +31,7 @@ class Inputs:
 
     @staticmethod
     def of(inputs: object, name: str = "the example") -> Inputs:
-        """A tensor, a sequence of positional arguments or a mapping of keyword arguments. Raises ``ValueError``."""
+        """Inputs from a tensor, a sequence of positional arguments or a mapping of keywords. Raises ``ValueError``."""
         if isinstance(inputs, Inputs):
             return inputs
         if isinstance(inputs, Mapping):
@@ -49,7 +49,7 @@ class Inputs:
         return tensors_in((self.args, dict(self.kwargs)))
 
     def map(self, change: Callable[[int, Tensor], Tensor], name: str) -> Inputs:
-        """The same with every tensor replaced; ``change`` gets its index and the tensor."""
+        """The same inputs with every tensor replaced by ``change(index, tensor)``."""
         leaves, spec = pytree.tree_flatten((self.args, dict(self.kwargs)))
         index = iter(range(len(leaves)))
         changed = [change(next(index), leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -57,17 +57,17 @@ class Inputs:
         return Inputs(args, kwargs, name)
 
     def copied(self) -> Inputs:
-        """A copy that a model which writes to its inputs may have."""
+        """A copy, for a model that may write to its inputs."""
         return self.map(lambda _, tensor: tensor.detach().clone(), self.name)
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """The tensors in nested containers, objects with ``__dict__`` included, in order."""
+    """The tensors in nested containers, data classes included, in order."""
     return [leaf for leaf in leaves_in(value).values() if isinstance(leaf, Tensor)]
 
 
 def leaves_in(value: object, name: str = "output") -> dict[str, object]:
-    """Tensors and what else is not a container, by where they are: ``output['logits'][0]``."""
+    """Tensors, and whatever else is not a container, by their path: ``output['logits'][0]``."""
     found: dict[str, object] = {}
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -94,8 +94,11 @@ def described(tensor: Tensor) -> str:
 
 
 def fresh(example: Inputs, seed: int) -> list[Inputs]:
-    """Inputs with the shapes, dtypes and ranges of the example, and other values: drawn anew, mirrored within the
-    range, and with a tenth of the contrast. What is constant in the example is drawn from zero to one."""
+    """Inputs with the shapes, dtypes and ranges of the example, but other values.
+
+    They are drawn anew, mirrored within the range, and drawn with a tenth of the contrast. What is constant in the
+    example is drawn from zero to one.
+    """
     generator = torch.Generator().manual_seed(seed)
     return [
         example.map(lambda _, t: _drawn(t, tuple(t.shape), generator), "fresh values"),
@@ -134,7 +137,7 @@ def _drawn(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator) -
     low, high = _range(tensor) if tensor.numel() else (0.0, 1.0)
     if not tensor.is_floating_point():
         constant = tensor.numel() and bool((tensor == tensor.reshape(-1)[0]).all())
-        # A constant integer may be a size or a mode: no other value is known to be legal.
+        # A constant integer may be a size or a mode: no other value is known to be valid.
         if constant or tensor.is_complex():
             return tensor.reshape(-1)[:1].expand(math.prod(shape)).reshape(shape).clone() if tensor.numel() else tensor
         return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(tensor.device, tensor.dtype)
@@ -164,8 +167,11 @@ def _faded(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Tolerances:
-    """Tolerance by dtype. Given values replace the usual ones for every floating dtype. ``computed_in`` is the dtype
-    whose rounding is to be expected, where that is not the tensors' own."""
+    """Tolerances by dtype.
+
+    Given values replace the usual ones for every floating-point dtype. ``computed_in`` is the dtype whose rounding is
+    to be expected, if that is not the tensors' own.
+    """
 
     def __init__(
         self,
@@ -185,7 +191,7 @@ class Tolerances:
         return found
 
     def rounding(self, dtype: torch.dtype) -> float:
-        """What sums in another order may differ by, relative to the largest value of the tensor."""
+        """How far sums in another order may differ, relative to the largest value of the tensor."""
         return 8 * torch.finfo(self._computed_in or dtype).eps
 
     def _choose(self, dtype: torch.dtype) -> Tolerance:
@@ -205,8 +211,11 @@ class Tolerances:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two tensors are apart: the largest absolute difference, the same over the largest eager value, and
-    whether it is within tolerance."""
+    """How far apart two tensors are.
+
+    These are the largest absolute difference, the same relative to the largest eager value, and whether it is within
+    tolerance.
+    """
 
     absolute: float
     relative: float
@@ -220,15 +229,15 @@ APART = Distance(math.inf, math.inf, False)
 def distance(
     eager: Tensor, other: Tensor, tolerances: Tolerances, operands: float = 0.0, ordered: int | None = None
 ) -> Distance:
-    """Compare by value, on the CPU, in float64. NaN and infinity equal themselves. The dtype with the wider
-    tolerance decides.
+    """Compare two tensors by value, on the CPU, in float64. NaN and infinity equal themselves.
 
-    ``operands`` is the largest value that it was computed from: to its size rounding is no difference.
-    The largest value of the tensor is the measure, and then the largest of each row and channel: one tensor may hold
-    boxes in pixels and scores below one.
+    The dtype with the wider tolerance decides. Differences are measured by the largest value of the tensor, and then by
+    the largest of each row and channel: one tensor may hold boxes in pixels and scores below one.
 
-    ``ordered`` is an axis along which both are sorted first, so that only what the values are is compared, and not
-    where along it."""
+    ``operands`` is the largest value that the tensor was computed from: rounding of that size is not a difference.
+    ``ordered`` is an axis along which both are sorted first, to compare only what the values are, and not where they
+    are along it.
+    """
     if eager.shape != other.shape:
         return APART
     dtype = max(eager.dtype, other.dtype, key=lambda dtype: tolerances.of(dtype).relative)
@@ -266,7 +275,7 @@ def distance(
 def closest(
     eager: Tensor, candidates: Sequence[Tensor], tolerances: Tolerances, operands: float = 0.0
 ) -> Distance | None:
-    """The distance to the nearest candidate of the same shape; ``None`` where there is none."""
+    """The distance to the nearest candidate of the same shape; ``None`` if there is none."""
     found = [
         distance(eager, candidate, tolerances, operands) for candidate in candidates if candidate.shape == eager.shape
     ]

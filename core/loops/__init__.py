@@ -1,1 +1,1 @@
-"""The loops that no host runs: a plain one, and any script."""
+"""Loops without a host: a plain training loop, and any script."""

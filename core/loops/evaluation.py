@@ -19,9 +19,11 @@ Contain = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 class FirstEvaluation:
-    """Waits for ``eval()`` of a module that is, or holds, one of ``roots()``; ``began()`` is called then. The next
-    call of a root in evaluation mode is the watched evaluation step, after which nothing is left. No hook could wait,
-    without a Python call in every batch until then. ``contain`` makes what is called in training unable to raise.
+    """Watches the first evaluation step of a plain loop.
+
+    Waits for ``eval()`` of a module that is, or holds, one of ``roots()``, and then calls ``began()``. The next call of
+    a root in evaluation mode is the watched step, after which nothing is left in place. A hook could not wait without a
+    Python call in every batch until then. ``contain`` keeps what is called during training from raising.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class FirstEvaluation:
         evals.to(nn.Module.eval, before=self._contain(self._eval_called))
 
     def close(self) -> None:
-        """Neither wait nor watch any more."""
+        """Stop waiting and watching."""
         self._held.close()
 
     def _eval_called(self, module: nn.Module) -> None:

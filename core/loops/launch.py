@@ -20,11 +20,10 @@ from ampcheck.source.lines import is_ours
 
 
 def run_script(path: str, args: Sequence[str], *, before_main: Callable[[ModuleType], None] | None = None) -> None:
-    """Run the file ``path`` as ``__main__`` with ``args``. What it raises comes through.
+    """Run the file ``path`` as ``__main__`` with ``args``. What it raises passes through.
 
-    ``before_main`` is called with the new ``__main__`` module when all above the script's
-    ``if __name__ == "__main__":`` has run, and only where there is one. Raises ``OSError`` for a file that cannot be
-    read.
+    If the script has an ``if __name__ == "__main__":``, ``before_main`` is called with the new ``__main__`` module once
+    everything above that has run. Raises ``OSError`` for a file that cannot be read.
     """
     source = Path(path).read_bytes()
     sys.argv = [path, *args]
@@ -47,30 +46,31 @@ def run_script(path: str, args: Sequence[str], *, before_main: Callable[[ModuleT
 
 
 def module_exists(name: str) -> bool:
-    """Whether ``python -m`` would find the module ``name``, or at least the package it is said to be in. Nothing is
-    imported."""
+    """Whether ``python -m`` would find the module ``name``, or at least its top-level package. Imports nothing."""
     sys.path[0] = str(Path.cwd())
     package = name.partition(".")[0]
     return bool(package) and importlib.util.find_spec(package) is not None
 
 
 def run_module(name: str, args: Sequence[str]) -> None:
-    """Run the module ``name`` as ``python -m`` would. What it raises comes through; ``ImportError`` for none."""
+    """Run the module ``name`` as ``python -m`` would. What it raises passes through; ``ImportError`` if not found."""
     sys.argv = [name, *args]
     sys.path[0] = str(Path.cwd())
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def show_exception(error: BaseException) -> None:
-    """Hand ``error`` to the excepthook as the interpreter does, without the frames that ran the program and those of
-    AmpCheck in between, in the exceptions it came from too."""
+    """Pass ``error`` to the excepthook as the interpreter does, without the frames that ran the program.
+
+    It leaves out AmpCheck's frames in between too, and does the same in the exceptions that ``error`` came from.
+    """
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
         each = pending.pop()
         if each is not None and id(each) not in seen:
             seen.add(id(each))
-            # A syntax error of the script itself has no frame of its own.
+            # A syntax error in the script itself has no frame of its own.
             each.__traceback__ = _of_the_program(each.__traceback__)
             pending += [each.__cause__, each.__context__]
     sys.excepthook(type(error), error, error.__traceback__)
@@ -106,7 +106,7 @@ def _compiled(body: ast.Module, path: str, flags: int = 0) -> CodeType:
     return code
 
 
-# The script's own `from __future__` lines hold for both halves of it.
+# The script's own `from __future__` lines apply to both halves of it.
 _FUTURES = functools.reduce(
     operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )

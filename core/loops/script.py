@@ -1,4 +1,4 @@
-"""Any training script under the checker: ``ampcheck run train.py ...``."""
+"""Run any training script under the checker: ``ampcheck run train.py ...``."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def run(
 ) -> int:
     """Run the script (or, with ``module``, the module) ``target`` with ``args`` as ``__main__``, under the checker.
 
-    Returns the exit status: 0, 1 where the script died of an exception, which is shown as the interpreter shows it,
-    or 3 where a finding reached ``fail_on``. ``SystemExit`` of the script comes through. AmpCheck's own lines go to
-    standard error. Raises ``ValueError`` for options that mean nothing, before anything runs.
+    Returns the exit status: 0, 1 if the script died of an exception, which is shown as the interpreter shows it, or 3
+    if a finding reached ``fail_on``. ``SystemExit`` of the script passes through. AmpCheck's own lines go to standard
+    error. Raises ``ValueError`` for invalid options, before anything runs.
     """
     checker = AmpChecker(select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report)
     try:
@@ -40,7 +40,7 @@ def run(
     except KeyboardInterrupt as error:
         show_exception(error)
         return INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - it is the script's, shown as the script's
+    except Exception as error:  # noqa: BLE001 - the script's own, shown as such
         show_exception(error)
         return 1
     return 0

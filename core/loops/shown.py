@@ -1,4 +1,4 @@
-"""What a plain loop shows of itself: its optimizers, its scaler, the precision it trains in."""
+"""What a plain loop reveals about itself: its optimizers, its scaler, the precision it trains in."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from ampcheck.trace import AutocastRegion
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
-    """The parameters of an optimizer, by identity."""
+    """The ids of an optimizer's parameters."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def optimizers_of(module: nn.Module) -> list[torch.optim.Optimizer]:
-    """The optimizers alive that hold parameters of ``module``."""
+    """The live optimizers that hold parameters of ``module``."""
     own = {id(parameter) for parameter in module.parameters()}
     return [optimizer for optimizer in _alive(torch.optim.Optimizer) if own & held_by(optimizer)]
 
 
 def scaler_of(module: nn.Module) -> torch.amp.GradScaler | None:
-    """A scaler that is alive, an enabled one first, where ``module`` is about to run in float16, which is seldom meant
-    without one. Elsewhere one that is alive may be another run's."""
+    """A live scaler, preferably an enabled one, if ``module`` is about to run in float16.
+
+    Float16 is seldom meant to run without one. In other dtypes a live scaler may belong to another run.
+    """
     if not _float16_in_force(module):
         return None
     scalers = _alive(torch.amp.GradScaler)
@@ -37,7 +39,7 @@ def scaler_of(module: nn.Module) -> torch.amp.GradScaler | None:
 
 
 def precision_of(module: nn.Module, scaler: torch.amp.GradScaler | None, around: Iterable[AutocastRegion]) -> Precision:
-    """The precision that the loop itself shows at its first training forward, inside the regions ``around``."""
+    """The precision that the loop shows at its first training forward, inside the regions ``around``."""
     tensor = next(module.parameters(), None)
     if tensor is None or not torch.amp.is_autocast_available(tensor.device.type):
         return Precision()
@@ -55,7 +57,7 @@ def precision_of(module: nn.Module, scaler: torch.amp.GradScaler | None, around:
 
 
 def precision_with(scaler: torch.amp.GradScaler, precision: Precision) -> Precision:
-    """``precision`` of a loop that uses ``scaler``, which is a wish for mixed precision in itself."""
+    """``precision`` of a loop that uses ``scaler``, which by itself asks for mixed precision."""
     if not scaler.is_enabled() or precision.mixed:
         return replace(precision, scaler=scaler.is_enabled())
     return Precision("mixed", precision.device_type, None, True, f"an enabled {type(scaler).__name__}")
@@ -70,5 +72,5 @@ def _float16_in_force(module: nn.Module) -> bool:
 
 
 def _alive(kind: type[Any]) -> list[Any]:
-    """The objects of a class that are alive. ``isinstance`` would run the code of proxies; their type does not lie."""
+    """The live objects of a class. ``isinstance`` would run the code of proxies; their type does not lie."""
     return [item for item in gc.get_objects() if issubclass(type(item), kind)]

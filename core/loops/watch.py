@@ -37,10 +37,10 @@ _MOST_FORWARDS = 8
 
 
 class _State(Enum):
-    """Of a watch, as far as training goes."""
+    """How far training has come in a watch."""
 
     WAITING = auto()
-    """No call of a module that trains was seen."""
+    """No training call of a module has been seen."""
     STEP = auto()
     """A step is being watched."""
     BETWEEN = auto()
@@ -50,8 +50,11 @@ class _State(Enum):
 
 @dataclass
 class _Step:
-    """A step that is being watched. ``equipped``: the model had an optimizer when it began; ``optimized``: one has
-    stepped since, and the next call of the model begins another step."""
+    """A step being watched.
+
+    ``equipped``: the model had an optimizer when it began. ``optimized``: one has stepped since, so the next call of
+    the model begins another step.
+    """
 
     watched: WatchedStep
     equipped: bool
@@ -62,15 +65,15 @@ class _Step:
 class watch:
     """Watch a plain training loop: ``with ampcheck.watch(model, optimizer=optimizer, scaler=scaler): ...``
 
-    The first call of ``model`` in training mode with gradients is the fit start and opens the watched step; the first
+    The first call of ``model`` in training mode with gradients is the fit start and opens the watched step. The first
     such call after an ``optimizer.step()``, or ``model.eval()``, ends it. The first call after ``model.eval()`` is the
-    watched evaluation step. After them nothing is left in place. An exception that leaves the block carries a note.
+    watched evaluation step. After that nothing is left in place. An exception that leaves the block carries a note.
 
-    ``model``: the module the loop calls; ``None`` takes the first one that trains. ``optimizer`` may be several.
-    What is not given of ``optimizer`` and ``scaler`` is looked for: optimizers among the objects that are alive at fit
-    start, by the parameters they hold; the scaler is the one that the watched step uses.
-    ``precision`` is what is asked for; by default, what is observed. The other options are those of ``AmpChecker``;
-    ``checker`` is one made elsewhere, in place of them. Raises ``TypeError`` for what is of another type.
+    ``model`` is the module that the loop calls; ``None`` takes the first one that trains. ``optimizer`` may be several.
+    If they are not given, optimizers are looked for among the objects alive at fit start, by the parameters they hold,
+    and the scaler is the one that the watched step uses. ``precision`` is what was asked for; by default, what is
+    observed. The other options are those of ``AmpChecker``; ``checker`` replaces them with a checker made elsewhere.
+    Raises ``TypeError`` for arguments of the wrong type.
     """
 
     def __init__(
@@ -121,7 +124,7 @@ class watch:
 
     @property
     def report(self) -> Report | None:
-        """What is known so far; ``None`` before the first training forward."""
+        """The report so far; ``None`` before the first training forward."""
         return self._checker.report
 
     def __enter__(self) -> watch:
@@ -137,9 +140,9 @@ class watch:
     def _begin(self) -> None:
         self._thread = os.getpid(), threading.get_ident()
         self._wait()
-        # It enters autocast itself, once: not under the probe.
+        # It enters autocast itself, once, which the probe must not see.
         has_autocast_cache_fault()
-        # Ahead of its entry, which may fail half-way.
+        # Registered first, since entering may fail half-way.
         self._training.callback(undo, self._autocast.__exit__, None, None, None)
         self._autocast.__enter__()
         self._training.callback(undo, on_module_calls(self._contained(self._called)))
@@ -149,7 +152,7 @@ class watch:
         self._evaluation.wait()
 
     def _wait(self) -> None:
-        """For the first call of a module that trains, wherever it comes from."""
+        """Wait for the first call of a module that trains, wherever it comes from."""
         self._state, self._outermost, self._step = _State.WAITING, None, None
         self._autocast.waiting = True
 
@@ -178,12 +181,12 @@ class watch:
                 self._optimizers, self._known, self._shown = [], [], (Precision(), None)
 
     def _end_if_complete(self, exc: BaseException) -> None:
-        """End the step where it was complete when something else raised. One with two optimizers may not be."""
+        """End a step that was complete when something else raised. One with two optimizers may not be."""
         if self._step is not None and self._step.optimized and not _left_backward(exc):
             self._end_step()
 
     def _let_go(self) -> None:
-        """Remove everything. What one removal raises keeps no other from being done."""
+        """Remove everything, even if one of the removals raises."""
         self._state = _State.DONE
         for held in (self._training, self._evaluation):
             try:
@@ -196,7 +199,7 @@ class watch:
         self._checker.switch_off(error)
 
     def _safely(self, method: Callable[..., None], *args: Any) -> None:
-        """Call ``method``, which can raise nothing then but ``FindingsError``."""
+        """Call ``method`` so that it can raise nothing but ``FindingsError``."""
         try:
             method(*args)
         except (FindingsError, RecursionError):
@@ -205,28 +208,28 @@ class watch:
             self._give_up(error)
 
     def _never_trained(self) -> None:
-        """Silence is never ambiguous: what can be told without a training step, or that nothing can."""
+        """Report what can be said without a training step, or that nothing can: silence is never ambiguous."""
         if self._model is not None:
             self._attach(self._model)
             return
-        reason = "no call of a module that trains was seen"
+        reason = "no training call of a module was seen"
         if anything_compiled():
-            reason += "; a training step that is compiled as a whole (`@torch.compile`) shows none"
+            reason += "; a training step compiled as a whole (`@torch.compile`) shows none"
         self._checker.nothing_seen(reason, emit=self._context["emit"], directory=self._context["directory"])
 
     def _contained(self, hook: Callable[..., None]) -> Callable[..., None]:
-        """``hook`` for the process and thread that watch; unable to raise anything but ``FindingsError``."""
+        """Limit ``hook`` to the process and thread that watch, and to raising nothing but ``FindingsError``."""
 
         def call(*args: Any) -> None:
             try:
-                # What Dynamo traces must be the user's program alone; it also calls modules for their shapes only.
+                # Dynamo must trace the user's program alone; it also calls modules just for their shapes.
                 if torch.compiler.is_dynamo_compiling() or TracingContext.try_get() is not None:
                     return
                 if (os.getpid(), threading.get_ident()) == self._thread:
                     with torch._C.DisableTorchFunction():
                         self._safely(hook, *args)
             except RecursionError:
-                # At the last frame that the recursion limit allows, no module is the outermost.
+                # At the recursion limit, no module is the outermost.
                 return
 
         return call
@@ -274,8 +277,11 @@ class watch:
         self._training.close()
 
     def _was_mistaken(self, step: _Step, module: nn.Module) -> bool:
-        """Whether the open step is not that of the training: what began it was a dry run of ``module``, before there
-        was an optimizer, or another model, while an optimizer has stepped that trains ``module``."""
+        """Whether the open step is not a training step.
+
+        Either a dry run of ``module`` began it, before there was an optimizer, or another model did, while an optimizer
+        that trains ``module`` has stepped.
+        """
         if step.optimized or step.equipped or not self._begins_training(module):
             return False
         if module is self._outermost:
@@ -287,7 +293,7 @@ class watch:
             return False
         if self._model is not None:
             return unwrapped(module) is unwrapped(self._model)
-        # Older PyTorch leaves modules in compiled code, and the one it calls first is not the outermost.
+        # Older PyTorch leaves modules in compiled code, and the first one it calls is not the outermost.
         if any(frame.f_code.co_filename.startswith("<eval_with_key>") for frame, _ in walk_stack(sys._getframe(1))):
             return False
         return any(parameter.requires_grad for parameter in module.parameters())
@@ -301,7 +307,7 @@ class watch:
         self._checker.attach(module, precision=precision, optimizers=self._known, scaler=scaler, **self._context)
 
     def _take_scaler(self) -> None:
-        """The scaler is known by its use, where none was given."""
+        """Take the scaler from its use in the step, if none was given."""
         scaler = self._step.watched.scaler if self._step is not None else None
         precision, known = self._shown
         if self._scaler is None and scaler is not None and scaler is not known:
@@ -332,7 +338,7 @@ class watch:
                 self._autocast.forget()
 
     def _roots(self) -> tuple[nn.Module, ...]:
-        """The module that the loop calls, and the user's own inside its wrappers."""
+        """The module that the loop calls, and the user's own module inside its wrappers."""
         return (self._outermost, unwrapped(self._outermost)) if self._outermost is not None else ()
 
     def _evaluation_began(self) -> None:

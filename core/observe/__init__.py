@@ -1,1 +1,1 @@
-"""How it is seen: the walk at fit start, the watched step under its probes, the replay."""
+"""How a run is observed: the walk at fit start, the watched step with its probes, the replay."""

@@ -1,4 +1,4 @@
-"""A failing step seen once more, in a replay whose every operation is logged, and a remedy tried on it."""
+"""Replay a failing step with every operation logged, and try a remedy on it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ class Again:
     def failing(
         self, error: Exception, steps: Iterable[Step], explains: Callable[[GraphTrace], bool]
     ) -> FailedAgain | None:
-        """What the first of ``steps`` shows that fails like ``error`` and explains it; else what the last did that
-        fails so, else the first. ``None`` for no steps."""
+        """What the first of ``steps`` shows that fails like ``error`` and explains it.
+
+        If none explains it: what the last one shows that fails like ``error``, else the first. ``None`` without steps.
+        """
         found: FailedAgain | None = None
         for index, step in enumerate(steps):
             seen, failed_again, losses = self._once(step, error)

@@ -14,7 +14,7 @@ _AUTOGRAD: Any = torch._C._autograd
 
 
 def nodes_behind(values: Any, most: int | None = None) -> Iterator[Any]:
-    """The nodes of the graph behind the tensors in ``values``, nearest first; at most ``most`` of them."""
+    """Yield the graph nodes behind the tensors in ``values``, nearest first, and at most ``most`` of them."""
     pending = deque(tensor.grad_fn for tensor in tensors_in(values))
     seen = set[Any]()
     while pending and (most is None or len(seen) < most):
@@ -26,7 +26,7 @@ def nodes_behind(values: Any, most: int | None = None) -> Iterator[Any]:
 
 
 def graph_behind(values: Any) -> list[Any]:
-    """All nodes of the graph behind the tensors in ``values``, in no order: where there are many, this is quicker."""
+    """All graph nodes behind the tensors in ``values``, in no order: for a large graph this is faster."""
     pending = [tensor.grad_fn for tensor in tensors_in(values)]
     seen = set[Any]()
     nodes: list[Any] = []
@@ -41,14 +41,14 @@ def graph_behind(values: Any) -> list[Any]:
 
 
 def leaves_behind(values: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a backward pass from the tensors in ``values`` gives gradients to."""
+    """Yield the tensors that get gradients in a backward pass from the tensors in ``values``."""
     for node in graph_behind(values):
         if type(node).__name__ == "AccumulateGrad" and isinstance(node.variable, torch.Tensor):
             yield node.variable
 
 
 def saved_slots(node: Any) -> Iterator[tuple[str, Any]]:
-    """The slots of a node by name, each with what PyTorch saved there: a ``SavedTensor`` or several."""
+    """Yield the slots of a node by name, each with what PyTorch saved there: a ``SavedTensor`` or several."""
     kind = type(node)
     names = _SLOTS.get(kind)
     if names is None:
@@ -56,7 +56,7 @@ def saved_slots(node: Any) -> Iterator[tuple[str, Any]]:
     for name in names:
         try:
             saved = getattr(node, name)
-        except RuntimeError:  # the node of a custom function that backward went through holds nothing any more
+        except RuntimeError:  # once backward went through it, a custom function's node holds nothing any more
             continue
         yield name.removeprefix("_raw_saved_"), saved
 
@@ -65,20 +65,20 @@ _SLOTS: dict[type, tuple[str, ...]] = {}
 
 
 def slot_value(node: Any, slot: str) -> Any:
-    """What a slot holds: a tensor, or several. Raises PyTorch's own errors for a stale or a freed one."""
-    # The nodes of custom functions spell it without the underscore.
+    """What a slot holds: a tensor, or several. Raises PyTorch's own errors if it is stale or freed."""
+    # Nodes of custom functions spell it without the underscore.
     return node.saved_tensors if slot == "tensors" else getattr(node, f"_saved_{slot}")
 
 
 def active_hooks() -> Callable[..., Any] | bool:
-    """The innermost pack hook for saved tensors; false where there is none."""
+    """The innermost pack hook for saved tensors: false if there is none, true if PyTorch does not say which."""
     if hasattr(_AUTOGRAD, "_top_saved_tensors_default_hooks"):
         top = _AUTOGRAD._top_saved_tensors_default_hooks(True)
         return top[0] if top else False
     if not _AUTOGRAD._saved_tensors_hooks_is_enabled():
         return False
     try:
-        # This PyTorch does not tell which, but refuses to disable hooks while some are active.
+        # This PyTorch does not say which, but refuses to disable hooks while some are active.
         _AUTOGRAD._saved_tensors_hooks_disable("")
     except RuntimeError:
         return True
@@ -88,5 +88,5 @@ def active_hooks() -> Callable[..., Any] | bool:
 
 
 def is_pytorchs_hook(hook: Any) -> bool:
-    """Whether a saved-tensor hook is PyTorch's own, a checkpoint's say."""
+    """Whether a saved-tensor hook is PyTorch's own, such as a checkpoint's."""
     return str(getattr(hook, "__module__", "")).startswith("torch.")

@@ -33,7 +33,10 @@ _replaying: list[None] = []
 
 
 class _TooLong(BaseException):
-    """A replay ran for longer than somebody waits for a message. No handler of the program's takes it for an error."""
+    """A replay took longer than anybody waits for a message.
+
+    No handler in the program takes a ``BaseException`` for an error.
+    """
 
 
 def _not_after(deadline: float) -> Callable[..., None]:
@@ -49,8 +52,11 @@ _NUMBERS = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Replay(Generic[T]):
-    """How a replay went: what was seen (``None``: there was no replay, or memory ran out), whether it failed in the
-    same way or, where nothing had failed, ran, and both in words."""
+    """How a replay went.
+
+    ``seen`` is what ``examine`` returned (``None``: there was no replay, or it ran out of memory or time),
+    ``went_alike`` whether it failed in the same way or, if nothing had failed, ran, and ``said`` both in words.
+    """
 
     seen: T | None
     went_alike: bool
@@ -68,23 +74,24 @@ def replay(
     scaler: torch.amp.GradScaler | None = None,
 ) -> Replay[T]:
     """Run ``step`` again under ``probes`` and return what ``examine`` makes of it, given what the replay raised.
-    ``error`` is what it failed of, ``None`` where it did not.
 
-    ``step`` computes the loss of the failing batch the way its host does, on the unwrapped module, and returns it:
-    a tensor, or tensors in lists, tuples and dicts, of which those with a graph are differentiated. It runs no
-    backward pass itself, but where the host leaves that to the user. A step that draws random numbers and does not
-    fail again is given others, a few times. Afterwards these are as before, bit for bit:
-    parameters, buffers, gradients (the same tensors), optimizers, scaler, random states, training and
-    ``requires_grad`` flags, hooks, and what modules hold as plain attributes. No collective is called.
+    ``error`` is what the step failed with, ``None`` if it did not fail. ``step`` computes the loss of the failing batch
+    the way its host does, on the unwrapped module, and returns it: a tensor, or tensors in lists, tuples and dicts;
+    those with a graph are differentiated. It runs no backward pass itself, unless the host leaves that to the user. A
+    step that draws random numbers and does not fail again is repeated a few times with others.
 
-    Raises only what is a fault of its own.
+    Afterwards these are as before, bit for bit: parameters, buffers, gradients (the same tensors), optimizers, scaler,
+    random states, training and ``requires_grad`` flags, hooks, and plain attributes of modules. No collective is
+    called.
+
+    Raises only faults of its own.
     """
     reason = _why_not(model, error)
     if _replaying:
-        reason = "it is being replayed"
+        reason = "a replay is already running"
     if reason:
         return Replay(None, False, f"the failing batch was not replayed: {reason}")
-    # The step may raise the same object, which is the user's.
+    # The step may raise the same object, which belongs to the user.
     names = ("__traceback__", "__cause__", "__context__", "__suppress_context__")
     own = [(name, getattr(error, name)) for name in names] if error is not None else []
     try:
@@ -100,7 +107,7 @@ def replay(
     except _TooLong:
         return Replay(None, False, f"a replay of the failing batch took more than {_MOST_SECONDS} seconds")
     finally:
-        # To set the cause suppresses the context, which is therefore last.
+        # Setting the cause suppresses the context, so that flag comes last.
         for name, value in own:
             setattr(error, name, value)
     if error is None:
@@ -109,7 +116,7 @@ def replay(
         return Replay(seen, False, "a replay of the failing batch did not fail")
     if _alike(raised, error):
         return Replay(seen, True, "a replay of the failing batch failed in the same way")
-    return Replay(seen, False, f"a replay of the failing batch failed otherwise: {_line(raised)}")
+    return Replay(seen, False, f"a replay of the failing batch failed differently: {_line(raised)}")
 
 
 def _run(
@@ -121,7 +128,7 @@ def _run(
     scaler: torch.amp.GradScaler | None,
     seed: int | None,
 ) -> tuple[Exception | None, T, bool]:
-    """What the step raised, what was seen of it, and whether it drew random numbers."""
+    """Return what the step raised, what was seen of it, and whether it drew random numbers."""
     with ExitStack() as stack:
         stack.enter_context(everything_put_back(model, optimizers, scaler, (step, *getattr(step, "roots", ()))))
         _replaying.append(None)
@@ -143,12 +150,12 @@ def _run(
                     _differentiate(step())
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except Exception as error:  # noqa: BLE001 - to see it is what a replay is for
+            except Exception as error:  # noqa: BLE001 - seeing it is what a replay is for
                 raised = error
-            # A thread of the step's own may have kept it.
+            # A thread that the step started may have caught it.
             raised = raised or getattr(watched, "failure", None)
             try:
-                # The graph lives in the frames of what was raised: read it now.
+                # The graph lives in the frames of the exception: read it now.
                 seen = examine(raised)
             finally:
                 if raised is not None:
@@ -158,7 +165,7 @@ def _run(
 
 
 def _differentiate(result: Any) -> None:
-    """What backward would do, but that gradients go nowhere: hooks that wait for them (a reducer's) are not called."""
+    """Do what backward would, but keep no gradients: hooks that wait for them (a reducer's) are not called."""
     losses = [loss for loss in tensors_in(result) if loss.grad_fn is not None]
     if not losses:
         losses = [loss for loss in tensors_in(result) if loss.is_floating_point()][:1]
@@ -175,9 +182,11 @@ def backward_without_hooks(
     create_graph: bool = False,
     inputs: Any = None,
 ) -> None:
-    """``loss.backward(...)`` for a step that is replayed and runs backward itself: without the hooks on parameters,
-    which are where processes wait for one another. Gradients of ``module``'s parameters, or of ``inputs``, are new
-    tensors; the replay puts the old ones back."""
+    """Run ``loss.backward(...)`` without the hooks on parameters, in a replayed step that runs backward itself.
+
+    In those hooks processes wait for one another. Gradients of ``module``'s parameters, or of ``inputs``, are new
+    tensors; the replay puts the old ones back.
+    """
     own = [parameter for parameter in module.parameters() if parameter.requires_grad]
     leaves: Sequence[torch.Tensor] = own
     if inputs is not None:
@@ -187,18 +196,18 @@ def backward_without_hooks(
 
 def _why_not(model: nn.Module, error: BaseException | None) -> str | None:
     if error is not None and not isinstance(error, Exception):
-        return f"{type(error).__name__} is no failure"
+        return f"{type(error).__name__} is not a failure"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "memory ran out"
     if any(is_traceable_wrapper_subclass(parameter.data) for parameter in model.parameters()):
-        return "its parameters are distributed tensors, which only all processes together can compute with"
+        return "its parameters are distributed tensors, and computing with them takes all processes"
     if is_sharded(model):
         return "the model is sharded"
     return None
 
 
 def _alike(one: BaseException | None, other: BaseException | None) -> bool:
-    """The same failure: versions and addresses in the text may differ."""
+    """Whether two failures are the same; versions and addresses in the text may differ."""
     return type(one) is type(other) and _NUMBERS.sub("#", str(one)) == _NUMBERS.sub("#", str(other))
 
 
@@ -208,7 +217,7 @@ def _line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Let code that asks see no process group, so that it calls no collective."""
+    """Hide the process group from code that asks for it, so that it calls no collective."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         yield
@@ -244,7 +253,7 @@ def _backward_of_one(
     grad_variables: Any = None,
     inputs: Any = None,
 ) -> None:
-    """``torch.autograd.backward`` without the hooks on parameters, by which processes wait for one another."""
+    """Run ``torch.autograd.backward`` without the hooks on parameters, in which processes wait for one another."""
     leaves = list(tensors_in(inputs)) or [leaf for leaf in leaves_behind(tensors) if leaf.requires_grad]
     roots = list(tensors_in(tensors if isinstance(tensors, torch.Tensor) else list(tensors)))
     _accumulate(leaves or roots, roots, grad_tensors, retain_graph, create_graph)

@@ -1,9 +1,9 @@
-"""The statements of a running function that led to where it stands, to be run once more.
+"""Rebuild the statements that led to where a function stands, to run them again.
 
-A plain loop hands nobody a function that computes the loss of a batch. Its source does: of the innermost loop around
-the line that failed, or of the function where there is none, those statements are taken that compute with tensors, and
-run with the variables as they stand. What by its name only tells or saves is left out, a whole training is not run
-again, and statements that use what cannot be put back (a generator, a file, a queue) are not run at all.
+A plain loop hands nobody a function that computes the loss of a batch, but its source does. Of the innermost loop
+around the failing line, or of the function if there is none, this takes the statements that compute with tensors, and
+runs them with the variables as they are. It leaves out what by its name only reports or saves, does not repeat a whole
+training, and runs no statements that use something that cannot be put back (a generator, a file, a queue).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ampcheck.observe.state import copied_iterator
 from ampcheck.observe.statements import FUNCTIONS, LOOPS, Statements, pytorchs_context
 from ampcheck.source.lines import is_library, is_ours, is_torch, names_of
 
-# PyTorch's own files that call the user's training code, where all others are called by it.
+# The files of PyTorch that call the user's training code; the user's code calls all others.
 _AROUND = ("/torch/utils/_contextlib.py", "/torch/amp/autocast_mode.py", "/torch/distributed/", "/torch/_dynamo/")
 _BACKWARD = frozenset({"backward", "manual_backward", "scale", "step", "__call__"})
 _CONTEXTS = ("decorate_autocast", "decorate_context")
 
 
-# The innermost loop, and the one around it: what was made there may be what failed.
+# The innermost loop and the one around it, which may have made what failed.
 _MOST_LOOPS = 2
 
 
 class Standing(NamedTuple):
-    """A frame and the instruction that it is at."""
+    """A frame and the instruction it is at."""
 
     frame: FrameType
     line: int
@@ -41,7 +41,7 @@ class Standing(NamedTuple):
 
 
 class Rerun:
-    """A part of a program, to be called. ``roots`` are the objects that it begins with, for them to be put back."""
+    """A part of a program that can be called. ``roots`` are the objects it starts from, to be put back."""
 
     def __init__(self, code: CodeType, names: dict[str, Any], contexts: Sequence[Any]) -> None:
         self._code = code
@@ -61,7 +61,7 @@ class Rerun:
 
 
 def of_traceback(traceback: TracebackType | None) -> Iterator[Rerun]:
-    """What led to an exception, with the least first: its statement with what that needs, then ever more around it."""
+    """Yield what led to an exception, smallest first: its statement and what that needs, then ever more around it."""
     standing: list[Standing] = []
     while traceback is not None:
         standing.append(Standing(traceback.tb_frame, traceback.tb_lineno, traceback.tb_lasti))
@@ -71,7 +71,7 @@ def of_traceback(traceback: TracebackType | None) -> Iterator[Rerun]:
 
 
 def of_frame(frame: FrameType) -> Iterator[Rerun]:
-    """The same of a frame that is running, with all that called it."""
+    """Yield what led to where a running frame and its callers are."""
     yield from _reruns(_running(frame), left=0)
 
 
@@ -84,12 +84,12 @@ def _running(frame: FrameType | None) -> list[Standing]:
 
 
 def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
-    """``left``: the last so many frames were left by an exception, and with them what their ``with`` blocks did."""
+    """Yield reruns, smallest first. An exception left the last ``left`` frames, and with them their ``with`` blocks."""
     ours = (one for one in standing if not is_ours(one.frame.f_code.co_filename))
     outside = list(itertools.takewhile(lambda one: not _is_inside(one), ours))
     inward = [one.frame.f_code.co_name for one in itertools.takewhile(_is_foreign, reversed(outside))]
     if not _BACKWARD.issuperset(inward):
-        # A library runs the loop: to run what called it is to train again.
+        # A library runs the loop: rerunning its caller would train again.
         return
     users = outside[: len(outside) - len(inward)]
     first_left = len(standing) - left
@@ -117,7 +117,7 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
                 yield Rerun(program.code, program.names, [*around, *program.contexts, *contexts])
             if not isinstance(path[start], LOOPS):
                 break
-        # Around a loop that was found lies the whole of it.
+        # Statements further out would run the whole loop.
         if any(isinstance(node, LOOPS) for node in path):
             return
 
@@ -132,7 +132,7 @@ def _is_foreign(one: Standing) -> bool:
 
 
 def _decorating(frame: FrameType) -> Any:
-    """The context that a decorator of PyTorch (``@torch.autocast(...)``, ``@torch.no_grad()``) entered."""
+    """The context that a PyTorch decorator (``@torch.autocast(...)``, ``@torch.no_grad()``) entered in this frame."""
     if frame.f_code.co_name not in _CONTEXTS or not is_torch(frame.f_code.co_filename):
         return None
     make = frame.f_locals.get("ctx_factory")
@@ -146,8 +146,10 @@ class _Program(NamedTuple):
 
 
 def _program(one: Standing, path: list[ast.AST], start: int, taken: Statements, *, entered: bool) -> _Program | None:
-    """The statements of a frame, from ``path[start]``, that led to where it stands. ``entered``: its ``with`` blocks
-    are still entered."""
+    """The statements of a frame, from ``path[start]``, that led to where it stands.
+
+    ``entered``: its ``with`` blocks are still active.
+    """
     statements = taken.up_to(path, start)
     if statements is None or taken.cannot_be_put_back(statements):
         return None
@@ -161,7 +163,7 @@ def _program(one: Standing, path: list[ast.AST], start: int, taken: Statements, 
 
 
 def _around(one: Standing) -> Iterator[Any]:
-    """The contexts of PyTorch's that a frame, which an exception has left, was in."""
+    """Yield the PyTorch contexts that a frame was in when an exception left it."""
     path = _path(one)
     if path is not None:
         yield from _entered_around(path, {**one.frame.f_globals, **one.frame.f_locals})
@@ -176,7 +178,7 @@ def _entered_around(path: Sequence[ast.AST], names: Mapping[str, Any]) -> Iterat
 
 
 def _path(one: Standing) -> list[ast.AST] | None:
-    """The nodes of the source from the file down to the statement that a frame is at; ``None`` without the source."""
+    """The source nodes from the file down to the statement a frame is at; ``None`` without the source."""
     code = one.frame.f_code
     lines = linecache.getlines(code.co_filename, one.frame.f_globals)
     if not lines or (code.co_name.startswith("<") and code.co_name != "<module>"):
@@ -225,7 +227,7 @@ def _statements(node: ast.AST) -> Iterator[ast.stmt]:
 
 
 def _column(one: Standing) -> int | None:
-    """Where on its line the frame stands, in UTF-8 bytes, where Python tells (3.11 and later)."""
+    """The column a frame is at, in UTF-8 bytes, if Python knows it (3.11 and later)."""
     if not hasattr(one.frame.f_code, "co_positions") or one.instruction < 0:
         return None
     position = next(itertools.islice(one.frame.f_code.co_positions(), one.instruction // 2, None), None)
@@ -238,7 +240,7 @@ def _covers(node: ast.stmt, line: int, column: int) -> bool:
 
 
 class _Mangled(ast.NodeTransformer):
-    """Private names as the class around them spells them."""
+    """Spells private names as the class around them does."""
 
     def __init__(self, path: Iterable[ast.AST]) -> None:
         owners = [node.name.lstrip("_") for node in path if isinstance(node, ast.ClassDef)]

@@ -1,4 +1,4 @@
-"""What a step that is run again may change, kept and put back."""
+"""Keep what a repeated step may change, and put it back."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ def everything_put_back(
     scaler: torch.amp.GradScaler | None,
     roots: Iterable[Any] = (),
 ) -> Iterator[None]:
-    """Whatever the block does, these are afterwards as they were, bit for bit: parameters, buffers and gradients (the
-    same tensors), optimizers, scaler, random states, flags and hooks of modules; and, up to some 200,000 objects and
-    256 MB of data, what the user's own code can reach from the model and from ``roots``: attributes of objects and
-    classes, globals, containers, arrays, generators of random numbers. Iterators are stood in for by copies meanwhile.
+    """Put everything that the block may change back as it was, bit for bit.
+
+    That is: parameters, buffers and gradients (the same tensors), optimizers, scaler, random states, flags and hooks of
+    modules; and, up to some 200,000 objects and 256 MB of data, what the user's own code can reach from the model and
+    from ``roots``: attributes of objects and classes, globals, containers, arrays, random generators. Meanwhile copies
+    stand in for iterators.
     """
     kept = _Kept()
     kept_random = random_state()
     with ExitStack() as rest:
-        # What one of them raises keeps no other from being put back.
+        # If one of them raises, the others still run.
         rest.callback(undo, set_random_state, kept_random)
         rest.callback(kept.put_back)
         kept.take(model, optimizers, scaler, roots)
@@ -50,7 +52,7 @@ def everything_put_back(
 
 
 class _Kept:
-    """What was kept, as the functions that put it back, the innermost first."""
+    """What was kept, as functions that put it back; the last runs first."""
 
     def __init__(self) -> None:
         self.puts_back: list[Callable[[], None]] = []
@@ -74,13 +76,13 @@ class _Kept:
             while self.puts_back:
                 try:
                     undo(self.puts_back.pop())
-                except BaseException as error:  # noqa: BLE001 - raised when all is done
+                except BaseException as error:  # noqa: BLE001 - raised at the end
                     first = first or error
         if first is not None:
             raise first
 
     def module(self, module: nn.Module) -> None:
-        """A module of the model that trains."""
+        """Keep a module of the model that trains."""
         if self._is_new(module):
             self._module(module)
 
@@ -91,7 +93,7 @@ class _Kept:
         self._pending.append(type(module))
 
     def attributes(self, attributes: dict[str, Any]) -> None:
-        """The attributes of an object: tensors among them are kept whole, whatever they weigh."""
+        """Keep the attributes of an object, and the tensors among them in full, whatever their size."""
         if not self._is_new(attributes):
             return
         self.puts_back.append(_Contents(attributes).put_back)
@@ -102,7 +104,7 @@ class _Kept:
                 self.reach(value)
 
     def reach(self, value: Any) -> None:
-        """Something that the step may change, with all that can be reached from it."""
+        """Mark something that the step may change, with everything reachable from it, to be kept."""
         if type(value) not in _ATOMS:
             self._pending.append(value)
 
@@ -115,20 +117,20 @@ class _Kept:
                 except (MemoryError, torch.OutOfMemoryError):
                     # What is not kept could not be put back.
                     raise
-                except Exception:  # noqa: BLE001, S110 - an object that cannot be looked at is left alone
+                except Exception:  # noqa: BLE001, S110 - leave an object alone that cannot be inspected
                     pass
 
     def _is_new(self, value: Any) -> bool:
         if id(value) in self._seen:
             return False
-        # Held, so that its identity stays its own.
+        # Held, so that its id is not reused.
         self._seen[id(value)] = value
         return True
 
     def _one(self, value: Any) -> None:
         kind = type(value)
         if isinstance(value, torch.Tensor):
-            # Data beyond the budget is left alone: nobody trains it, and to copy it may take all memory there is.
+            # Data beyond the budget is left alone: nobody trains it, and copying it may take all memory.
             if kind in (torch.Tensor, nn.Parameter) and (value.requires_grad or self._affords(value)):
                 self._keep(value)
         elif isinstance(value, (torch.optim.Optimizer, torch.amp.GradScaler)):
@@ -204,7 +206,7 @@ class _Kept:
         self._globals(function.__code__, function.__globals__)
 
     def _globals(self, code: types.CodeType, names: dict[str, Any]) -> None:
-        """The globals that code reads or writes, by name."""
+        """Keep the globals that code reads or writes, by name."""
         for name in code.co_names:
             if name in names:
                 self.puts_back.append(_call(names.__setitem__, name, names[name]))
@@ -252,7 +254,7 @@ def _call(function: Callable[..., Any], *args: Any) -> Callable[[], None]:
 
 
 def _of_library(kind: type) -> bool:
-    """Whether a class is not of the user's own code."""
+    """Whether a class is not part of the user's own code."""
     module = sys.modules.get(kind.__module__)
     file = getattr(module, "__file__", None)
     if kind.__module__ == "builtins" or module is None:
@@ -265,8 +267,10 @@ def _is_numpy(kind: type, *names: str) -> bool:
 
 
 class _Contents:
-    """A container, or the attributes of an object: its items are put back as the same objects. An iterator among them
-    is hidden by a copy of it meanwhile, which is what the step then draws from."""
+    """A container, or the attributes of an object, whose items are put back as the same objects.
+
+    Meanwhile a copy hides each iterator among them, and the step draws from the copy.
+    """
 
     def __init__(self, container: Any) -> None:
         self._container = container
@@ -298,8 +302,10 @@ def _flat(container: Any) -> Iterator[Any]:
 
 
 def copied_iterator(value: Any) -> Any:
-    """A copy of an iterator over something that is there already, at the same position; ``None`` for what is none, and
-    for one that computes, such as a generator."""
+    """Copy an iterator over something that exists already, at the same position.
+
+    Returns ``None`` for anything else, and for an iterator that computes, such as a generator.
+    """
     kind = type(value)
     if kind.__module__ not in ("builtins", "itertools") or not isinstance(value, Iterator):
         return None
@@ -318,7 +324,7 @@ def copied_iterator(value: Any) -> Any:
 
 
 class _Tensor:
-    """A tensor and its bytes. A tensor that was not written to is not written to again."""
+    """A tensor and its bytes. If the step did not write to it, neither does this."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -355,7 +361,7 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _signs_differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # Equal numbers of other bytes: zeros of either sign.
+    # Equal numbers with different bytes: zeros of either sign.
     return one.is_floating_point() and bool((torch.signbit(one) != torch.signbit(other)).any())
 
 

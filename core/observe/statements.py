@@ -1,4 +1,4 @@
-"""Which statements of a program compute with tensors: told by their source, and by what the variables hold."""
+"""Find the statements of a program that compute with tensors, by their source and by what the variables hold."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ampcheck.source.lines import is_library, is_ours
 
 LOOPS = (ast.For, ast.AsyncFor, ast.While)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-# Parts of the names of what tells or keeps, and does not compute.
+# Parts of the names of functions that report or save, and do not compute.
 _TELLING = ("log", "save", "print", "plot", "write", "visual", "display", "record", "report", "checkpoint", "dump")
-# Parts of the names of methods that make a module what it is.
+# Parts of the names of methods that build a module.
 _BUILDING = ("add_module", "register_", "load_", "compile")
 
 
@@ -39,14 +39,16 @@ class Statements:
         self._traced = True
 
     def begins(self, node: ast.AST) -> bool:
-        """Whether a step begins anew in a node: a loop, a function, or a block of something that is not PyTorch's."""
+        """Whether a step begins at a node: a loop, a function, or a block of something that is not PyTorch's."""
         if isinstance(node, ast.With):
             return not any(map(self._computes_under, node.items))
         return isinstance(node, (ast.Module, *FUNCTIONS, *LOOPS))
 
     def up_to(self, path: Sequence[ast.AST], start: int) -> list[ast.stmt] | None:
-        """The statements in ``path[start]`` up to the last of the path, which is taken whatever it is. Branches on the
-        way are taken, and ``with`` blocks entered."""
+        """The statements in ``path[start]`` up to the last of the path, which is always taken.
+
+        Branches on the way are taken, and ``with`` blocks entered.
+        """
         statements: list[ast.stmt] | None = None
         for outer, inner in zip(reversed(path[start:-1]), reversed(path[start + 1 :]), strict=True):
             block = next((one for one in _blocks(outer) if any(node is inner for node in one)), None)
@@ -67,19 +69,22 @@ class Statements:
         return statements
 
     def cannot_be_put_back(self, statements: list[ast.stmt]) -> bool:
-        """Whether statements use what would be another afterwards, or may wait for ever: an iterator that computes, an
-        open file, a queue, a socket; be it in functions of the user's own that they call."""
+        """Whether statements use something that would differ afterwards, or may wait forever.
+
+        That is an iterator that computes, an open file, a queue or a socket, even in functions of the user's that they
+        call.
+        """
         used = {node.id for one in statements for node in ast.walk(one) if isinstance(node, ast.Name)}
         reached = list(_reachable(self.names[name] for name in used if name in self.names))
         if self._training:
-            # Nothing has failed: what its own functions tell or write is not to be told or written twice.
+            # Nothing has failed: what its functions report or write must not appear twice.
             names = {name for one in reached if isinstance(one, FunctionType) for name in one.__code__.co_names}
             if any(part in name for name in names for part in (*_TELLING, "open")):
                 return True
         return any(map(_is_spent_by_use, reached))
 
     def _needs(self, node: ast.AST) -> None:
-        """A statement that is taken takes with it, where no graph shows what led to it, what made its tensors."""
+        """With ``node``, also take what made its tensors, if no graph shows what led to them."""
         if self._traced and self._has_graph(node):
             return
         for one in ast.walk(node):
@@ -90,7 +95,7 @@ class Statements:
                     self._graphs.add(one.id)
 
     def of(self, node: ast.stmt) -> ast.stmt | None:
-        """What is to be run of a statement; ``None``: nothing."""
+        """The part of a statement to run; ``None`` for nothing."""
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)) and self._trains(node):
             return None
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
@@ -107,7 +112,7 @@ class Statements:
         return None
 
     def _computes_under(self, item: ast.withitem) -> bool:
-        """Whether a context is one of PyTorch's, or may enter one: it says so in its name or in its code."""
+        """Whether a context is PyTorch's, or its name or code says that it may enter one."""
         if pytorchs_context(item.context_expr, self.names) is not None or isinstance(item.context_expr, ast.IfExp):
             return True
         called = item.context_expr.func if isinstance(item.context_expr, ast.Call) else item.context_expr
@@ -139,7 +144,7 @@ class Statements:
         return ast.copy_location(made, node)
 
     def _computes(self, target: ast.expr) -> bool:
-        """Whether what is assigned is, or becomes part of, something with a graph."""
+        """Whether the target of an assignment is, or becomes part of, something with a graph."""
         if isinstance(target, (ast.Tuple, ast.List)):
             return any(map(self._computes, target.elts))
         if isinstance(target, ast.Starred):
@@ -156,8 +161,10 @@ class Statements:
         return any(isinstance(self._value(call.func), nn.Module) for call in calls)
 
     def _acts(self, expression: ast.expr) -> bool:
-        """Whether a call for its effect acts on tensors: a method of something of PyTorch's, or a function given what
-        has a graph."""
+        """Whether a call made for its effect acts on tensors.
+
+        Either it is a method of a PyTorch object, or a function that is given tensors.
+        """
         if not isinstance(expression, ast.Call):
             return False
         function = expression.func
@@ -183,7 +190,7 @@ class Statements:
         return not tells and any(map(self._has_tensor, expression.args))
 
     def _root(self, expression: ast.expr) -> Any:
-        """The value that a chain of attributes, calls and subscripts begins with, as far as it can be looked up."""
+        """The value that a chain of attributes, calls and subscripts starts with, as far as it can be looked up."""
         while True:
             value = self._value(expression)
             if value is not None:
@@ -196,7 +203,7 @@ class Statements:
                 return None
 
     def _value(self, expression: ast.expr) -> Any:
-        """What names and attributes of them hold; ``None`` for all that would have to be computed."""
+        """What a name or its attribute holds; ``None`` for anything that would have to be computed."""
         if isinstance(expression, ast.Name):
             return self.names.get(expression.id)
         if isinstance(expression, ast.Attribute):
@@ -220,7 +227,7 @@ class Statements:
 
 
 def _reachable(values: Iterable[Any]) -> Iterator[Any]:
-    """Values, and what functions and methods of the user's own among them name, a few calls deep."""
+    """Yield the values, and what functions and methods of the user's among them name, a few calls deep."""
     pending, seen = [(value, 0) for value in values], set[int]()
     while pending and len(seen) < 10_000:
         value, depth = pending.pop()
@@ -262,7 +269,7 @@ def _carries_graph(value: Any) -> bool:
             return False
         if any(tensor.grad_fn is not None or tensor.requires_grad for tensor in tensors_in(value)):
             return not isinstance(value, nn.Parameter)
-        # An output as a data class, or named tuple of a library.
+        # A library's output that is a data class or a named tuple.
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict) and not isinstance(value, (nn.Module, type)) and len(attributes) < 100:
             return any(tensor.grad_fn is not None for tensor in tensors_in(list(attributes.values())))
@@ -279,7 +286,7 @@ def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
 
 
 def _last(node: ast.AST) -> ast.stmt | None:
-    """The statement that is being run, as one that can be run outside its function."""
+    """The statement being run, as one that can run outside its function."""
     if isinstance(node, (ast.Return, ast.Expr)) and node.value is not None:
         value = node.value
         if any(isinstance(one, (ast.Await, ast.Yield, ast.YieldFrom)) for one in ast.walk(value)):
@@ -293,8 +300,7 @@ def _last(node: ast.AST) -> ast.stmt | None:
 
 
 def pytorchs_context(expression: ast.expr, names: Mapping[str, Any]) -> Any:
-    """What an expression makes that calls a context of PyTorch's, or names one; ``None`` for all else, which may be
-    more than a context."""
+    """Evaluate an expression that calls or names a PyTorch context; ``None`` for anything else, which may do more."""
     called = expression.func if isinstance(expression, ast.Call) else expression
     if not _is_path(called):
         return None

@@ -29,14 +29,15 @@ Probe = AliasProbe | AutocastProbe | ModuleProbe | GraphProbe | ScalerProbe | Di
 
 
 class WatchedStep:
-    """The probes around one step of ``model``; ``ended`` is called with it, and with what the body raised, when they
-    are gone. ``compiled``: parts of the model are, or ``entry``, which wraps it. ``autocast`` is a probe that is active
-    already; ``info`` describes a model that is not the attached one. ``suspected`` is called behind a backward pass
-    that may have used a stale tensor, with the frame that began the pass; ``batch`` finds in such frames what
-    computes the step's loss again.
+    """The probes around one step of ``model``.
 
-    ``replayed``: the step is run again and thrown away, with nothing compiled, and what it costs matters less than what
-    it shows: each write and each save is logged with its line.
+    When they are gone, ``ended`` is called with the step and what its body raised. ``info`` describes the model if it
+    is not the attached one, ``entry`` wraps it, and ``compiled`` says that parts of either are compiled. ``autocast``
+    is a probe that is active already. ``suspected`` is called after a backward pass that may have used a stale tensor,
+    with the frame that began the pass; from such frames ``batch`` finds what computes the step's loss again.
+
+    ``replayed``: the step runs again and is thrown away, with nothing compiled. What it shows matters more than what it
+    costs: each write and each save is logged with its line.
     """
 
     def __init__(
@@ -84,15 +85,15 @@ class WatchedStep:
         self.batch = batch
         self._model = model
         self.replayed: GraphTrace | None = None
-        """What a replay of the step showed of its graph, where something was suspected."""
+        """What a replay showed of the step's graph, if something was suspected."""
 
     def __enter__(self) -> WatchedStep:
         try:
             for probe in self._to_enter:
-                # Ahead of its entry, which may fail half-way.
+                # Registered first, since entering may fail half-way.
                 self._stack.callback(self._remove, probe)
                 probe.__enter__()
-        except Exception as error:  # noqa: BLE001 - told when the step ends
+        except Exception as error:  # noqa: BLE001 - reported when the step ends
             self._fault = bare(error)
             self.abandon()
         except BaseException:
@@ -108,13 +109,13 @@ class WatchedStep:
         self._ended(self, exc)
 
     def abandon(self) -> None:
-        """Remove the probes; nobody is told."""
+        """Remove the probes without calling ``ended``."""
         self._stack.close()
 
     def _remove(self, probe: Probe) -> None:
         try:
             undo(probe.__exit__, None, None, None)
-        except Exception as error:  # noqa: BLE001 - told when the step ends
+        except Exception as error:  # noqa: BLE001 - reported when the step ends
             self._fault = self._fault or bare(error)
 
     @property
@@ -124,7 +125,7 @@ class WatchedStep:
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """The gradient scaler that the step used so far."""
+        """The gradient scaler that the step has used so far."""
         return self._scaler.used if self._scaler is not None else None
 
     @property
@@ -134,7 +135,7 @@ class WatchedStep:
 
     @property
     def failure(self) -> BaseException | None:
-        """What the latest failing backward pass of a replayed step raised, where that went elsewhere."""
+        """What the latest failing backward pass of a replayed step raised, in case it did not come out of the step."""
         return self._graph.failure if self._graph is not None and self._dispatch is not None else None
 
     def seen(self) -> Seen:
@@ -142,7 +143,7 @@ class WatchedStep:
         return Seen(self.phase, self.trace(), self.graph())
 
     def trace(self) -> StepTrace:
-        """The calls that were seen so far. Raises the first error of a probe."""
+        """The calls seen so far. Raises the first error of a probe."""
         for error in (self._fault, *(probe.error for probe in self._probes)):
             if error is not None:
                 raise error
@@ -158,8 +159,10 @@ class WatchedStep:
         )
 
     def graph(self, error: BaseException | None = None) -> GraphTrace | None:
-        """What was seen of the autograd graph, with the stale tensors behind ``error``; ``None``: it was not looked
-        at. Raises the first error of the probe."""
+        """What was seen of the autograd graph, with the stale tensors behind ``error``; ``None`` if nobody looked.
+
+        Raises the first error of the probe.
+        """
         if self._dispatch is not None:
             return graph_trace(self._dispatch, error)
         if self._graph is None or self._aliases is None:

@@ -1,4 +1,4 @@
-"""Tensors in what is called and returned: which there are, where they lie, whether they hold the same values."""
+"""Find the tensors in arguments and results, and compare their storages and values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts, in order. A container is entered once: it may hold itself."""
+    """Yield the tensors in nested lists, tuples and dicts, in order. Enters a container once: it may hold itself."""
     pending, entered = [value], dict[int, Any]()
     while pending:
         value = pending.pop()
@@ -23,7 +23,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def operands_in(values: Sequence[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among the arguments or results of an op, which nests lists one deep."""
+    """Yield the tensors among the arguments or results of an op, which nests lists one deep."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
@@ -34,12 +34,12 @@ def operands_in(values: Sequence[Any]) -> Iterator[torch.Tensor]:
 
 
 def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape are equal in every element; NaN equals NaN."""
+    """Whether two tensors of the same shape are equal in every element; NaN equals NaN."""
     return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:
-    """What stands for the tensor's storage, where it has one."""
+    """A key for the tensor's storage; ``None`` if it has none."""
     try:
         key: int = tensor.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""The fit-start walk: what a model, its optimizers and its scaler are made of. No forward pass, no device access."""
+"""The fit-start walk: what a model, its optimizers and its scaler consist of. No forward pass, no device access."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WRAPPING = frozenset({"_orig_mod", "_fsdp_wrapped_module"})
 
 @functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
-    """PyTorch's name of a dtype without the ``torch.`` prefix."""
+    """PyTorch's name for a dtype, without the ``torch.`` prefix."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -47,7 +47,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def anything_compiled() -> bool:
-    """Whether ``torch.compile`` was used at all in this process."""
+    """Whether this process has used ``torch.compile`` at all."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and any(getattr(dynamo, "cached_backends", {}).values())
 
@@ -66,7 +66,7 @@ def _is_compiled_function(value: object) -> bool:
 
 
 def module_names(model: nn.Module) -> dict[int, str]:
-    """Qualified names by identity; wrappers inside the model add nothing to them."""
+    """Qualified names by identity, without the parts that wrappers inside the model add."""
     return {id(module): plain_name(name) for name, module in model.named_modules()}
 
 
@@ -82,7 +82,7 @@ def _has_backward_hooks(module: nn.Module) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A qualified name without the attributes by which wrappers (compiled, sharded) hold what they wrap."""
+    """A qualified name without the attributes in which wrappers (compiled, sharded) hold what they wrap."""
     if name.isprintable() and not any(part in name for part in _WRAPPING):
         return name
     return shown(".".join(part for part in name.split(".") if part not in _WRAPPING))
@@ -96,7 +96,7 @@ def tensor_names(model: nn.Module) -> dict[int, str]:
 
 
 def walk(model: nn.Module) -> ModelInfo:
-    """One pass over the modules of ``model`` with the parameters and buffers each owns."""
+    """Walk the modules of ``model`` once, with the parameters and buffers that each owns."""
     modules: list[ModuleInfo] = []
     tensors: list[TensorInfo] = []
     seen: set[int] = set()
@@ -119,7 +119,7 @@ def walk(model: nn.Module) -> ModelInfo:
                 device_type = tensor.device.type
                 shape = () if lazy else tuple(tensor.shape)
                 buffer = counts is buffers
-                # Buffers decide where the model lies only where it has no parameters.
+                # Buffers decide the device only if there are no parameters.
                 elements[device_type] = elements.get(device_type, 0) + (1 if buffer or lazy else 1000 * tensor.numel())
                 tensors.append(TensorInfo(prefix + key, dtype, shape, device_type, tensor.requires_grad, buffer))
         modules.append(ModuleInfo(name, type(module).__name__, parameters, buffers))
@@ -129,12 +129,12 @@ def walk(model: nn.Module) -> ModelInfo:
 
 
 def _policies(model: nn.Module) -> Iterator[Policy]:
-    """The policies of the modules that ``fully_shard`` has sharded, or ``FullyShardedDataParallel`` wraps."""
+    """Yield the policies of the modules that ``fully_shard`` has sharded or ``FullyShardedDataParallel`` wraps."""
     kinds = _sharded_types()
     for name, module in model.named_modules() if kinds else ():
         if not isinstance(module, kinds):
             continue
-        # The wrapper shows its policy; what `fully_shard` was given is only in the state that it keeps.
+        # The wrapper shows its policy; `fully_shard` keeps the one it was given only in its state.
         state = getattr(module, "_get_fsdp_state", None)
         shown = vars(state()).values() if state is not None else [getattr(module, "mixed_precision", None)]
         given = next((value for value in shown if hasattr(value, "param_dtype")), None)
@@ -148,13 +148,13 @@ def _policies(model: nn.Module) -> Iterator[Policy]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parts of the model live on other ranks, and are gathered for each forward pass."""
+    """Whether parts of the model live on other ranks and are gathered for each forward pass."""
     kinds = _sharded_types()
     return bool(kinds) and any(isinstance(module, kinds) for module in model.modules())
 
 
 def _sharded_types() -> tuple[type, ...]:
-    # Nobody has sharded anything before one of these was imported; until 2.5 `fully_shard` was in the second alone.
+    # Nothing is sharded before one of these is imported; until 2.5 only the second had `fully_shard`.
     packages = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
     found = [
         getattr(sys.modules.get(package), name, None)
@@ -165,7 +165,7 @@ def _sharded_types() -> tuple[type, ...]:
 
 
 def precision_by_policy(model: ModelInfo, declared: Precision, scaler: bool) -> Precision:
-    """``declared``, or where policies of a sharded model ask for another low precision, what they ask for."""
+    """``declared`` or, if policies of a sharded model ask for another low precision, that one."""
     asked = [policy for policy in model.policies if policy.dtype in LOW_PRECISION]
     if not asked or declared.dtype == asked[0].dtype:
         return declared
@@ -173,10 +173,10 @@ def precision_by_policy(model: ModelInfo, declared: Precision, scaler: bool) -> 
 
 
 def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerInfo:
-    """How far the optimizer's parameters are the model's."""
+    """Describe the optimizer, and how far its parameters are the model's."""
     own = {id(parameter) for parameter in model.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # Inside `torch.func.functional_call` other tensors stand for the parameters: whose they are, is not to be told.
+    # Inside `torch.func.functional_call` other tensors stand in for the parameters: their owner is unknown.
     swapped = not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
     return OptimizerInfo(
         type(optimizer).__name__,
@@ -201,7 +201,7 @@ def examine_scaler(scaler: torch.amp.GradScaler) -> ScalerInfo:
 
 @functools.cache
 def environment() -> Environment:
-    """The torch in use and what its devices compute natively."""
+    """The installed PyTorch and what its devices compute natively."""
     return Environment(torch.__version__, dict(_native_dtypes()), has_autocast_cache_fault())
 
 
@@ -218,7 +218,7 @@ def _native_dtypes() -> Iterable[tuple[tuple[str, str], bool]]:
 
 @functools.cache
 def has_autocast_cache_fault() -> bool:
-    # In a thread of its own: modes, autocast and the count of graph nodes are the caller's, and a thread's.
+    # In its own thread: modes, autocast and the node counter belong to the caller's thread.
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(_loses_cached_gradients()))
     thread.start()

@@ -1,4 +1,4 @@
-"""What the checker tells: one report, as text and as JSON."""
+"""The report of a run, as text and as JSON."""
 
 from ampcheck.report.report import SCHEMA, Report
 

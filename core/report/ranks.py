@@ -1,4 +1,4 @@
-"""What the ranks of a distributed run tell each other: through the rendezvous store, never by a collective."""
+"""What the ranks of a distributed run exchange, through the rendezvous store and never by a collective."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from ampcheck.rules.rule import Finding
 
 
 def rank() -> int:
-    """This process's global rank; 0 where nothing is distributed."""
+    """This process's global rank; 0 if nothing is distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
-    # Before the process group is there and after it is gone, the launcher's word.
+    # Before the process group exists and after it is gone, trust the launcher.
     launched_as = os.environ.get("RANK", "")
     return int(launched_as) if launched_as.isdecimal() else 0
 
 
 def world_size() -> int:
-    """The number of ranks; 1 where nothing is distributed."""
+    """The number of ranks; 1 if nothing is distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather(stage: str, mine: Any, patience: timedelta = timedelta(seconds=5)) -> dict[int, Any]:
-    """What each rank sent when it last came to ``stage``, by rank, on rank 0; ``{}`` elsewhere.
+    """What each rank sent when it last reached ``stage``, by rank, on rank 0; ``{}`` elsewhere.
 
     A collective would hang, or break the job's own, as soon as one rank has died. Keys in the job's rendezvous store
-    cost the senders a write and never wait; rank 0 waits ``patience`` for all and then goes on without the rest.
+    cost the senders one write and no waiting; rank 0 waits ``patience`` for all and then goes on without the rest.
     """
     me = rank()
     store = _store()
     if store is None:
         return {me: mine} if me == 0 else {}
-    # Every rank counts in the store how often it came to the stage, so that a second run is not taken for the first.
+    # Each rank counts its visits to the stage in the store, so that a second run is not taken for the first.
     key = f"ampcheck/{stage}/{store.add(f'ampcheck/{stage}/{me}', 1)}"
     if me != 0:
         store.set(f"{key}/{me}", pickle.dumps(mine))
@@ -61,8 +61,10 @@ def gather(stage: str, mine: Any, patience: timedelta = timedelta(seconds=5)) ->
 def merged_findings(
     findings: Mapping[int, tuple[Finding, ...]], heard: Collection[int]
 ) -> tuple[tuple[Finding, Finding], ...]:
-    """The ``findings`` that each rank sent last, each once: as it was sent, and as it is to be told. One that a rank
-    lacks which was ``heard`` now says who has it, and that no other has it where all ranks are known."""
+    """The ``findings`` that each rank sent last, each once: as it was sent, and as it is to be reported.
+
+    If a rank ``heard`` now lacks a finding, its message says who has it and, if all ranks are known, that no others do.
+    """
     seen: list[tuple[Finding, set[int]]] = []
     for number, of_rank in sorted(findings.items()):
         for finding in of_rank:
@@ -87,7 +89,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _store() -> Any:
-    """The default process group's store, or ``None`` where there is one process or torch does not show it."""
+    """The default process group's store; ``None`` for a single process, or if torch does not show it."""
     if world_size() == 1:
         return None
     find = getattr(dist.distributed_c10d, "_get_default_store", None)

@@ -1,4 +1,4 @@
-"""The report: findings with what they were judged on."""
+"""The report: findings, and what they were judged on."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ SCHEMA = "ampcheck/1"
 
 @dataclass(frozen=True)
 class Report:
-    """Findings on a trace, most severe first; ``not_judged`` maps the codes of rules that could not be judged to the
-    reason. ``str(report)`` is the text form, ``to_dict()`` the JSON form."""
+    """Findings on a trace, most severe first.
+
+    ``not_judged`` maps the codes of rules that could not be judged to the reason. ``str(report)`` is the text form,
+    ``to_dict()`` the JSON form.
+    """
 
     trace: Trace
     findings: tuple[Finding, ...] = ()
@@ -37,7 +40,7 @@ class Report:
         return self.rendered().plain
 
     def rendered(self) -> Text:
-        """The text form with its colours."""
+        """The text form with colours."""
         return render(self.trace, self.findings, self.not_judged)
 
     @property
@@ -49,7 +52,7 @@ class Report:
         return sum(finding.severity == severity for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values, in the schema ``ampcheck/1``: fields are added to it, never changed."""
+        """The report as JSON values, in the schema ``ampcheck/1``, to which fields are added but never changed."""
         trace = self.trace
         precision, failure, host = trace.precision, trace.failure, trace.host
         return {
@@ -74,8 +77,11 @@ class Report:
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON form. A regular file is replaced as a whole, so that a reader never sees half a report; what
-        is none (a pipe, a device) is written to, and a link followed. Raises ``OSError``."""
+        """Write the JSON form.
+
+        Replaces a regular file as a whole, so that a reader never sees half a report. Writes into anything else (a
+        pipe, a device), and follows links. Raises ``OSError``.
+        """
         text = json.dumps(self.to_dict(), indent=1, default=str) + "\n"
         path = Path(os.path.realpath(path))
         if path.exists() and not path.is_file():
@@ -83,7 +89,7 @@ class Report:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".ampcheck-{secrets.token_hex(8)}")
-        # Made with the permissions that the user's umask leaves.
+        # Created with the permissions that the user's umask leaves.
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -97,7 +103,7 @@ class Report:
 
 
 def _write_to(path: Path, text: str) -> None:
-    # To open a pipe that nobody reads would wait for a reader.
+    # Opening a pipe that nobody reads would wait for a reader.
     handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         if hasattr(os, "set_blocking"):
@@ -147,7 +153,7 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: there it is null."""
+    """Replace infinities by null: JSON has none."""
     return {key: None if value in (math.inf, -math.inf) else value for key, value in values.items()}
 
 

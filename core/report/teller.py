@@ -1,4 +1,4 @@
-"""What is told of a run: to whom, and once."""
+"""Report a run to the right place, and each finding once."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ Line = Callable[[tuple[Finding, ...]], Text]
 
 
 class Teller:
-    """Tells the findings of a run, each once: on rank 0, through ``emit`` or else on standard error, and in the JSON
-    report at ``destination`` (true: ``ampcheck.json`` in ``directory``; false: nowhere)."""
+    """Reports the findings of a run, each once.
+
+    They go, on rank 0, through ``emit`` or else to standard error, and into the JSON report at ``destination`` (true:
+    ``ampcheck.json`` in ``directory``; false: nowhere).
+    """
 
     def __init__(self, destination: bool | str | os.PathLike[str] = False) -> None:
         self.emit: Emit | None = None
@@ -40,12 +43,15 @@ class Teller:
         self._unwritable = False
 
     def tell(self, stage: str, report: Report, line: Line, *, quiet: bool = False) -> Report:
-        """Tell what is new in ``report`` and in what other ranks found at this stage, under the line that ``line``
-        makes of it. Returns the report with the findings of all ranks. ``quiet``: no line where nothing is new."""
+        """Report what is new in ``report`` and in what other ranks found at this stage.
+
+        ``line`` makes the line above the findings. Returns the report with the findings of all ranks. ``quiet``: no
+        line if nothing is new.
+        """
         heard = gather(stage, report.findings) or {rank(): report.findings}
         self._heard |= heard
         pairs = merged_findings(self._heard, heard)
-        # Which ranks are heard in time differs from stage to stage, and so does what is said of them.
+        # Which ranks are heard in time differs by stage, and so does what a finding says of them.
         unsaid = [pair for pair in pairs if pair[0] not in self._told]
         self._told += [finding for finding, _ in unsaid]
         new = tuple(telling for _, telling in unsaid)
@@ -58,7 +64,7 @@ class Teller:
         return merged
 
     def note(self, error: BaseException, findings: Iterable[Finding], trace: Trace) -> None:
-        """Attach those of ``findings`` that were not told yet to ``error``."""
+        """Attach those of ``findings`` that were not reported yet to ``error``."""
         new = [finding for finding in findings if finding not in self._told]
         if not new:
             return
@@ -67,7 +73,7 @@ class Teller:
         if hasattr(error, "add_note"):
             error.add_note(note)
         else:
-            # Python 3.10 keeps no notes and shows none.
+            # Python 3.10 neither keeps notes nor shows them.
             error.__notes__ = [*getattr(error, "__notes__", ()), note]
             self.say(Text(note))
 
@@ -83,7 +89,7 @@ class Teller:
         if self.emit is not None:
             self.emit(text.plain)
             return
-        # Rich ends the program where its own file is a pipe that nobody reads.
+        # Rich ends the program if its own file is a pipe that nobody reads.
         rendered = io.StringIO()
         colors = sys.stderr is not None and sys.stderr.isatty()
         Console(file=rendered, soft_wrap=True, highlight=False, force_terminal=colors).print(text)
@@ -92,7 +98,7 @@ class Teller:
             sys.stderr.flush()
 
     def write(self, report: Report) -> None:
-        """Write the JSON report, on rank 0. Where that fails, it is said once."""
+        """Write the JSON report, on rank 0. If that fails, say so once."""
         if rank() != 0 or self._destination is False or self._unwritable:
             return
         if self._destination is not True:

@@ -1,4 +1,4 @@
-"""The text form: one line when all is well, a block a finding with the source lines that matter."""
+"""The text form: one line when all is well, and a block per finding with the source lines that matter."""
 
 from __future__ import annotations
 

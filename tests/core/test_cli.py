@@ -348,7 +348,7 @@ def test_exit_status_is_the_scripts(run, leaving, status):
 def test_script_that_trains_nothing_says_so(run, tmp_path):
     told = run("run", "--json", "report.json", "train.py", program="print('hello')")
     assert told.out == "hello\n"
-    assert told.err == "ampcheck  nothing was judged: no call of a module that trains was seen\n"
+    assert told.err == "ampcheck  nothing was judged: no training call of a module was seen\n"
     report = json.loads((tmp_path / "report.json").read_text())
     assert_schema(report)
     assert {row["code"] for row in report["not_judged"]} >= {"AMP101", "AMP201"}

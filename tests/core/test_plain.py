@@ -414,15 +414,15 @@ def test_step_that_is_compiled_as_a_whole(watching, told):
     assert all(parameter.grad is not None for parameter in model.parameters())
     # Where Dynamo breaks the graph at `backward`, the call before it is seen from the outside.
     assert told[-1].endswith("(what runs inside compiled code is not watched)") or told == [
-        "ampcheck  nothing was judged: no call of a module that trains was seen; "
-        "a training step that is compiled as a whole (`@torch.compile`) shows none"
+        "ampcheck  nothing was judged: no training call of a module was seen; "
+        "a training step compiled as a whole (`@torch.compile`) shows none"
     ]
 
 
 def test_no_model_and_nothing_that_trains(watching, told, tmp_path):
     with watching(None, report=tmp_path / "report.json") as watch:
         evaluate(CNN())
-    assert told == ["ampcheck  nothing was judged: no call of a module that trains was seen"]
+    assert told == ["ampcheck  nothing was judged: no training call of a module was seen"]
     assert "AMP101" in watch.report.not_judged
     assert (tmp_path / "report.json").is_file()
 

@@ -62,7 +62,7 @@ def test_a_file_that_may_run_code_is_loaded_where_it_is_trusted(model, tmp_path)
 
 
 def test_no_export_at_all(model):
-    assert "a Net is no exported model" in refused(model, model, X)
+    assert "a Net is not an exported model" in refused(model, model, X)
 
 
 def test_other_dtype(model):

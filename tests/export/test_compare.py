@@ -127,7 +127,7 @@ def test_an_export_of_some_of_the_outputs():
     model, smaller = Auxiliary().eval(), Logits().eval()
     smaller.load_state_dict(model.state_dict())
     export = traced(smaller)
-    with pytest.raises(ValueError, match=r"returns 3 tensors .* 1 .*; say with the option `outputs`"):
+    with pytest.raises(ValueError, match=r"returns 3 tensors .* 1 .*; use the option `outputs`"):
         ampcheck.compare(model, export, X)
     report = ampcheck.compare(model, export, X, outputs=lambda y: y["logits"])
     assert report.findings == ()

@@ -168,7 +168,7 @@ def test_options_of_a_factory(command, factory):
     ("args", "said"),
     [
         (("torchtanh:make", "none.pt"), "there is no file 'none.pt'"),
-        (("torchtanh:nothing", "TorchTanh.pt"), "does not give a model and its inputs"),
+        (("torchtanh:nothing", "TorchTanh.pt"), "does not return a model and its inputs"),
         (("missing:make", "TorchTanh.pt"), "No module named 'missing'"),
         (
             ("torchtanh:twice", "TorchTanh.pt"),
@@ -176,9 +176,9 @@ def test_options_of_a_factory(command, factory):
         ),
         (("torchtanh:wide", "TorchTanh.pt"), "the inputs are float64, and the TorchScript trace computes in float32"),
         (("torchtanh:far", "TorchTanh.pt"), "the inputs are on meta, and the eager model is on cpu"),
-        (("torchtanh:more", "TorchTanh.pt"), "say with the option `outputs`"),
-        (("torchtanh:unknown", "TorchTanh.pt"), "gives an option that there is not: output"),
-        (("torchtanh:owned", "TorchTanh.pt"), "gives an option that there is not: fail_on"),
+        (("torchtanh:more", "TorchTanh.pt"), "use the option `outputs`"),
+        (("torchtanh:unknown", "TorchTanh.pt"), "gives an unknown option: output"),
+        (("torchtanh:owned", "TorchTanh.pt"), "gives an unknown option: fail_on"),
         (("torchtanh:twofold", "TorchTanh.pt"), "more than a model, its inputs and one mapping of options"),
         (("torchtanh:unnamed", "TorchTanh.pt"), "more than a model, its inputs and one mapping of options"),
         (("--fail-on", "loud", "torchtanh:make", "TorchTanh.pt"), "fail_on must be"),

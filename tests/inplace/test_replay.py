@@ -171,7 +171,7 @@ def test_optimizer_steps_and_hooks_of_a_replay_are_undone() -> None:
 
     result = run.replay(step)
 
-    assert result.said == "a replay of the failing batch failed otherwise: KeyError: 'otherwise'"
+    assert result.said == "a replay of the failing batch failed differently: KeyError: 'otherwise'"
     assert run.state() == before
 
 

@@ -1,1 +1,1 @@
-"""How a step is seen: one context manager a file, each of which removes exactly what it added."""
+"""The probes of a watched step: one context manager a file, each of which removes exactly what it added."""

@@ -1,5 +1,7 @@
-"""Ways past PyTorch's check of saved tensors, noted where they begin: aliases with a version counter of their own,
-memory that something outside PyTorch sees, and saved-tensor hooks."""
+"""Ways around PyTorch's check of saved tensors, noticed where they begin.
+
+These are aliases with their own version counter, memory shared with something outside PyTorch, and saved-tensor hooks.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,12 @@ from ampcheck.trace import UncheckedSave
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 _storage: Any = torch.UntypedStorage
 _TENSOR: Any = torch.Tensor
-# A step that makes more aliases than this has a habit of it: the rest is not noted.
+# A step that makes more aliases than this makes them routinely: the rest go unrecorded.
 _MOST = 10_000
 
 
 class _Held:
-    """A storage by its address, which nothing else gets while it is weakly held; the memory may go."""
+    """A storage by its address. The weak reference keeps the address from being reused, but lets the memory go."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         storage: Any = tensor.untyped_storage()
@@ -45,14 +47,17 @@ class _Held:
         return _storage._new_with_weak_ptr(self._reference)
 
     def __del__(self) -> None:
-        # One whose making failed has none.
+        # If `__init__` failed, there is none.
         if "_reference" in vars(self):
             _storage._free_weak_ref(self._reference)
 
 
 class _Alias:
-    """An alias of a storage. If it was written to, as ``version`` tells, that was before the node ``until`` (``None``:
-    up to now)."""
+    """An alias of a storage.
+
+    If ``version()`` has changed, the alias was written to: before the node numbered ``until``, or up to now if that is
+    ``None``.
+    """
 
     def __init__(self, held: _Held, version: Callable[[], float]) -> None:
         self.held = held
@@ -65,15 +70,17 @@ class _Alias:
         return self.until is not None or self._version() != self._begun
 
     def died(self) -> None:
-        """The alias is gone; where it was not written to, views of it may be there yet."""
+        """Record that the alias is gone. If it was not written to, views of it may still exist."""
         with contextlib.suppress(Exception):
             if self.written:
                 self.until = _sequence_nr()
 
 
 class _Packed:
-    """A tensor that a saved-tensor hook was given. Of hooks that are not PyTorch's own, ``call_site`` is the line that
-    saved it and ``hooks`` the hook."""
+    """A tensor that a saved-tensor hook was given.
+
+    If the hook is not PyTorch's own, ``hooks`` is the hook and ``call_site`` the line that saved the tensor.
+    """
 
     def __init__(self, tensor: torch.Tensor, call_site: CallSite | None, module: str | None, hooks: Any) -> None:
         self.held = _Held(tensor)
@@ -84,10 +91,11 @@ class _Packed:
 
 
 class AliasProbe:
-    """Notes, in the thread that entered it, what may pass PyTorch's check of saved tensors. ``may_be_stale`` says
-    whether a saved tensor of a graph may have been overwritten unseen, ``unchecked`` which saves nothing checks.
+    """Records what can get past PyTorch's check of saved tensors, in the thread that entered the probe.
 
-    It runs where an alias is made, not where one is written to: a step without aliases costs nothing.
+    ``may_be_stale`` says whether a saved tensor of a graph may have been overwritten unseen, ``unchecked`` which saves
+    nothing checks. The probe acts where an alias is made, not where one is written to: a step without aliases costs
+    nothing.
     """
 
     def __init__(self, modules: ModuleProbe) -> None:
@@ -106,7 +114,7 @@ class AliasProbe:
 
     @property
     def unchecked(self) -> tuple[UncheckedSave, ...]:
-        """Saves of which backward got back the tensor itself from hooks that are not PyTorch's, one for each hook."""
+        """Saves that hooks other than PyTorch's handed back to backward as the tensor itself, one for each hook."""
         return tuple(self._unchecked.values())
 
     def __enter__(self) -> AliasProbe:
@@ -130,8 +138,10 @@ class AliasProbe:
             finalizer.detach()
 
     def may_be_stale(self, nodes: Iterable[Any]) -> bool:
-        """Whether one of these nodes may have saved a tensor that was written to afterwards, unseen by PyTorch. Slots
-        under saved-tensor hooks are left alone, since to ask them runs the hooks."""
+        """Whether one of these nodes may have saved a tensor that was later overwritten, unseen by PyTorch.
+
+        Skips slots under saved-tensor hooks, since reading them runs the hooks.
+        """
         written = [alias for alias in self._aliases if alias.written]
         assigned = [(tensor, sequence) for one, sequence in self._assigned if (tensor := one()) is not None]
         if not written and not assigned:
@@ -159,18 +169,18 @@ class AliasProbe:
 
     @contained
     def aliased(self, alias: Any, tensor: Any, *_: Any, **__: Any) -> None:
-        """``alias``, which may share the memory of ``tensor``, counts versions of its own."""
+        """Record ``alias``, which has its own version counter and may share the memory of ``tensor``."""
         if not self._looks() or not _is_plain(alias):
             return
         with alone():
-            # Of the same counter, but none of the memory.
+            # Shares the version counter, but not the memory.
             counter = alias.detach()
             torch._C.TensorBase.data.__set__(counter, alias.new_empty(0))  # type: ignore[attr-defined]
             self._note(_Alias(_Held(alias), lambda: counter._version), alias)
 
     @contained
     def exported(self, array: Any, tensor: Any, *_: Any, **__: Any) -> None:
-        """``array`` is what something outside PyTorch sees of the memory of ``tensor``, and may write to."""
+        """Record ``array``, through which something outside PyTorch sees, and may write, the memory of ``tensor``."""
         if not self._looks() or type(tensor) is torch.nn.Parameter or not _is_plain(tensor):
             return
         with alone():
@@ -188,13 +198,13 @@ class AliasProbe:
 
     @contained
     def assigned(self, tensor: Any, value: Any) -> None:
-        """``tensor`` is given other memory."""
+        """Record that ``tensor`` is about to get other memory."""
         if self._looks() and len(self._assigned) < _MOST:
             self._assigned.append((weakref.ref(tensor), _sequence_nr()))
 
     @contained
     def _take_up_hooks(self) -> None:
-        """Hooks may be in place already, where this PyTorch tells which: the ``with`` block around them pops ours."""
+        """Wrap hooks that are already active, if this PyTorch shows them; their own ``with`` block pops ours."""
         autograd: Any = torch._C._autograd
         top = autograd._top_saved_tensors_default_hooks(True) if _TELLS_HOOKS and not tracing() else None
         if top is not None and _is_foreign(top[0]):
@@ -264,7 +274,7 @@ _TELLS_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 
 
 def _is_foreign(pack: Any) -> bool:
-    """Whether a pack hook is not PyTorch's own, nor ours around another."""
+    """Whether a pack hook is neither PyTorch's own nor our wrapper around another."""
     return not is_pytorchs_hook(pack) and not hasattr(pack, "is_watched")
 
 
@@ -277,8 +287,10 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def data_property(descriptor: Any, listeners: list[Any]) -> property:
-    """``Tensor.data`` for listeners that are two functions: of an alias and its tensor (or ``None``), and of a tensor
-    and what it is about to be given."""
+    """A ``Tensor.data`` that calls listeners, which are pairs of functions.
+
+    The first (or ``None``) gets an alias and its tensor, the second a tensor and the value about to be assigned to it.
+    """
 
     def get(tensor: Any) -> Any:
         with own_frame_hidden:
@@ -310,7 +322,7 @@ def _method(original: Any, listeners: list[Any]) -> Any:
 
 
 def _content(held: _Held, dtype: torch.dtype, layout: tuple[int, tuple[int, ...], tuple[int, ...]]) -> float:
-    """A number that tells contents apart: a write from outside is counted by nobody."""
+    """A checksum of the memory, since no version counter counts a write from outside PyTorch."""
     storage = held.storage
     if storage is None or 0 in layout[1]:
         return 0.0
@@ -319,7 +331,7 @@ def _content(held: _Held, dtype: torch.dtype, layout: tuple[int, tuple[int, ...]
         offset, shape, strides = layout
         extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if extent > _SAMPLE:
-            # Of much memory a few elements tell.
+            # For large memory, sample a few elements.
             step = extent // _SAMPLE
             shape, strides = (extent // step,), (step,)
         seen = own.set_(torch.empty(0, dtype=dtype), storage, offset, shape, strides)

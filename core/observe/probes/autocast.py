@@ -1,4 +1,4 @@
-"""Which autocast regions are entered, where, and what torch makes of them."""
+"""The autocast regions a step enters: where, and what PyTorch makes of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ampcheck.trace import AutocastRegion, AutocastState, described
 
 
 def autocast_state(device_type: str) -> AutocastState:
-    """Autocast of the running thread for a device type; ``device_type`` must be one autocast knows."""
+    """The running thread's autocast state for ``device_type``, which must be one that autocast knows."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     return _state(device_type, enabled, dtype, torch.is_autocast_cache_enabled())
 
@@ -33,8 +33,8 @@ def _state(device_type: str, enabled: bool, dtype: torch.dtype, cache: bool) -> 
 class AutocastProbe:
     """Records every ``torch.autocast`` region entered while it is active, in any thread.
 
-    Regions that compiled code enters are not seen. While ``waiting`` for a step it keeps only the regions that are
-    open. ``local.stack`` holds, in each thread, the indices of the regions that it is in, outermost first.
+    It does not see regions that compiled code enters. While ``waiting`` for a step it keeps only open regions.
+    ``local.stack`` holds the indices of the regions that each thread is in, outermost first.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class AutocastProbe:
         self._open = 0
         self.cache_cleared = False
         self.left: int | None = None
-        """The node that would have been next when a region was left that was entered before the probe was."""
+        """The number of the next node when the thread left a region that it had entered before the probe."""
         self._spans: list[Span] = []
         self._listening = Listening()
         self._requested: weakref.WeakKeyDictionary[torch.autocast, bool] = weakref.WeakKeyDictionary()
@@ -52,24 +52,23 @@ class AutocastProbe:
 
     @property
     def current(self) -> int | None:
-        """Index of the innermost region the running thread is in."""
+        """Index of the innermost region that the running thread is in."""
         stack = self._stack
         return stack[-1] if stack else None
 
     @property
     def around(self) -> Iterator[AutocastRegion]:
-        """The regions the running thread is in, innermost first."""
+        """The regions that the running thread is in, innermost first."""
         return (self.regions[index] for index in reversed(self._stack))
 
     def at(self, sequence: int, device_type: str) -> Span | None:
-        """The innermost region for ``device_type`` in which the running thread made the node of this sequence
-        number."""
+        """The innermost region for ``device_type`` in which the running thread made node number ``sequence``."""
         thread = threading.get_ident()
         inside = (span for span in self._spans if span.thread == thread and span.around(sequence))
         return max((span for span in inside if span.region.is_for(device_type)), key=_since, default=None)
 
     def forget(self) -> None:
-        """Let go of the regions that ended, unless one is open still."""
+        """Drop the regions that have ended, unless one is still open."""
         if not self._open:
             self.regions.clear()
             self._spans.clear()
@@ -107,14 +106,14 @@ class AutocastProbe:
 
     @contained
     def _cleared(self) -> None:
-        # The end of an outermost region clears the cache too, when the stack is empty already.
+        # Leaving the outermost region clears the cache too, but by then the stack is empty.
         self.cache_cleared = self.cache_cleared or self.current is not None
 
     def _will_leave(self, region: torch.autocast, *exc: Any) -> None:
         try:
             self._left(*exc)
         except BaseException:
-            # An interrupt: the region must be left all the same.
+            # An interrupt: the region must still be left.
             self.error = self.error or RuntimeError("interrupted")
             region.__exit__(*exc)
             raise
@@ -136,7 +135,7 @@ class AutocastProbe:
         try:
             self._entered(region)
         except BaseException:
-            # An interrupt: no `with` block was begun that would leave the region.
+            # An interrupt: no `with` block has begun that would leave the region.
             self.error = self.error or RuntimeError("interrupted")
             region.__exit__(None, None, None)
             raise
@@ -167,7 +166,7 @@ class AutocastProbe:
 
 @dataclasses.dataclass
 class Span:
-    """The nodes that were made in a region, by their sequence numbers in its thread."""
+    """The nodes made in a region, by their sequence numbers in its thread."""
 
     region: AutocastRegion
     thread: int

@@ -1,4 +1,4 @@
-"""Where an op was called from, taken cheaply: code objects and instructions now, lines and text when they are told."""
+"""Call sites of ops, taken cheaply: code objects and instructions now, lines and text when they are reported."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ Instruction = tuple[CodeType, int]
 
 
 class CallSite(NamedTuple):
-    """A call: the innermost user frame, and the innermost frame of a library other than PyTorch that it led to.
-    ``caller`` is the next user frame out, where the first may be the forward of a custom autograd function."""
+    """A call: the innermost user frame, and the innermost library frame outside PyTorch that it led to.
+
+    ``caller`` is the next user frame out, in case the first is the forward of a custom autograd function.
+    """
 
     user: Instruction | None
     library: Instruction | None
@@ -33,12 +35,12 @@ class CallSite(NamedTuple):
     caller: Instruction | None = None
 
     def applied(self, function: Any) -> CallSite:
-        """The line that applied a custom autograd function, where this is in its forward."""
+        """The line that applied ``function``, a custom autograd function, if this call is in its forward."""
         code = getattr(getattr(function, "forward", None), "__code__", None)
         return CallSite(self.caller, None) if self.user and self.caller and self.user[0] is code else self
 
     def site(self, role: Role, **fields: Any) -> Site | None:
-        """The user's line, or the library's where no frame is the user's."""
+        """The user's line, or the library's if no frame is the user's."""
         return _site(self.user or self.library, role, fields)
 
     def library_site(self, role: Role, **fields: Any) -> Site | None:
@@ -47,8 +49,11 @@ class CallSite(NamedTuple):
 
 
 class CallSites:
-    """Finds call sites. This runs for each op of a replayed step, so what a code object is, is looked up once, and
-    equal call sites are one object. Code objects hash slowly: they are told apart by identity, and kept."""
+    """Finds call sites.
+
+    This runs for each op of a replayed step, so each code object is classified once, and equal call sites are one
+    object. Code objects hash slowly: they are kept, and compared by identity.
+    """
 
     def __init__(self) -> None:
         self._kinds: dict[int, int] = {}
@@ -95,8 +100,10 @@ class CallSites:
         return call_site
 
     def find_step(self, frame: FrameType | None) -> CallSite:
-        """The call site of ``frame``; inside an optimizer, whoever wrote it, the line that called its ``step``. What an
-        optimizer's closure writes is the closure's: between the two is a call that is no method of the optimizer."""
+        """The call site of ``frame``, or inside any optimizer, the line that called its ``step``.
+
+        An optimizer's closure owns its writes: between the two is a call that is not a method of the optimizer.
+        """
         inner, call_site, called = frame, self.find(frame), frame
         while inner is not None:
             if self.kind(inner.f_code) == _OPTIMIZER:
@@ -107,7 +114,7 @@ class CallSites:
         return call_site
 
     def in_checkpoint(self, frame: FrameType | None) -> bool:
-        """Whether checkpointing called this, in the forward pass or again."""
+        """Whether checkpointing called this, in the forward pass or in the recomputation."""
         while frame is not None:
             if self.kind(frame.f_code) == _CHECKPOINT:
                 return True
@@ -115,7 +122,7 @@ class CallSites:
         return False
 
     def in_recomputation(self, frame: FrameType | None) -> bool:
-        """Whether checkpointing is running a forward pass again, inside the innermost backward pass."""
+        """Whether checkpointing is recomputing a forward pass inside the innermost backward pass."""
         while frame is not None:
             kind = self.kind(frame.f_code)
             if kind == _CHECKPOINT:
@@ -161,7 +168,7 @@ def _kind(file: str) -> int:
 
 
 def _is_function_forward(code: CodeType) -> bool:
-    # A static method: what `autograd.Function` asks for, and what no module's forward is.
+    # A static method, as `autograd.Function` requires; no module's forward is one.
     return code.co_name == "forward" and (code.co_argcount == 0 or code.co_varnames[0] != "self")
 
 

@@ -1,4 +1,4 @@
-"""A fault of a probe stays in the probe."""
+"""Keep a probe's faults inside the probe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ P = ParamSpec("P")
 
 
 class Contained(Protocol):
-    """``error`` is the first exception a callback of the probe raised; from then on the probe sees nothing."""
+    """``error`` is the first exception that a callback of the probe raised; from then on the probe sees nothing."""
 
     error: Exception | None
 
@@ -24,27 +24,29 @@ S = TypeVar("S", bound=Contained)
 
 
 def contained(callback: Callable[Concatenate[S, P], Any]) -> Callable[Concatenate[S, P], None]:
-    """Make a callback of a probe unable to raise into the training that it watches."""
+    """Keep a callback of a probe from raising into the training that it watches."""
 
     @functools.wraps(callback)
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        # What Dynamo traces must be the user's program alone.
+        # Dynamo must trace the user's program alone.
         if torch.compiler.is_dynamo_compiling() or self.error is not None:
             return
         try:
             callback(self, *args, **kwargs)
         except RecursionError:
-            # The program is at the last frame that the limit allows: it is not our fault, nor need it be its own.
+            # The program is at the recursion limit: that is not our fault, and need not be its own.
             return
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is our fault and not the user's
             self.error = bare(error)
 
     return call
 
 
 def undo(removal: Callable[..., object], *args: Any) -> None:
-    """Remove something, by a call that does nothing where it is gone. Where it fails, or is interrupted, it is called
-    once more before the failure is told."""
+    """Remove something by a call that does nothing if it is already gone.
+
+    If the call fails or is interrupted, repeat it once before raising.
+    """
     try:
         removal(*args)
     except BaseException:
@@ -54,13 +56,13 @@ def undo(removal: Callable[..., object], *args: Any) -> None:
 
 
 def bare(error: Exception) -> Exception:
-    """``error`` to be kept: without the frames that it came through, which hold the model and its tensors."""
+    """Strip ``error`` of the frames it came through, which hold the model and its tensors, so that it can be kept."""
     error.__traceback__ = error.__context__ = None
     return error
 
 
 def hide_frame(error: BaseException) -> None:
-    """Take the innermost handled frame, the caller's own, out of the traceback; a bare ``raise`` does not add it."""
+    """Drop the caller's own frame, the first one, from the traceback; a bare ``raise`` does not add it back."""
     if error.__traceback__ is not None:
         error.__traceback__ = error.__traceback__.tb_next
 
@@ -75,13 +77,17 @@ class _OwnFrameHidden:
 
 
 own_frame_hidden = _OwnFrameHidden()
-"""Around a call of the program's own, made for it: what the call raises shows no frame of the function that holds the
-``with`` block. Up to Python 3.10 the frame comes back, and ``hide_frames`` takes it out."""
+"""Put around a call made for the program: an exception shows no frame of the function that holds the ``with`` block.
+
+Up to Python 3.10 the frame comes back, and ``hide_frames`` removes it.
+"""
 
 
 def hide_frames(error: BaseException) -> None:
-    """Take AmpCheck's frames out of the traceback of ``error``, and of those it came from, but for the outermost
-    frame of each. Before Python 3.11 a bare ``raise`` brings back what ``hide_frame`` took out."""
+    """Remove AmpCheck's frames from the tracebacks of ``error`` and its causes, except the outermost of each.
+
+    Before Python 3.11 a bare ``raise`` brings back what ``hide_frame`` removed.
+    """
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:

@@ -1,4 +1,4 @@
-"""Every op of a replayed step: what made a node of the graph, what wrote to memory that a node uses."""
+"""Every op of a replayed step: which made a node of the graph, and which wrote to memory that a node uses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ Observed = tuple[GraphOp | None, Sequence[Compared]]
 
 
 class Given(NamedTuple):
-    """An argument of an op that is called apart, as it was before; ``before`` where a write may pass unseen."""
+    """An argument of an op that runs outside the mode, as it was before.
+
+    ``before`` is a copy of it, if PyTorch may not notice a write to it.
+    """
 
     tensor: torch.Tensor
     version: int
@@ -50,8 +53,10 @@ class Given(NamedTuple):
 
 
 class _Stepping(NamedTuple):
-    """An optimizer step under way: the parameters that nodes have used, with their versions and a few elements.
-    ``blind``: the probe does not look."""
+    """An optimizer step in progress: the parameters that nodes have used, with their versions and a few elements.
+
+    ``blind``: the probe is off the mode stack meanwhile.
+    """
 
     optimizer: torch.optim.Optimizer
     call_site: CallSite
@@ -60,15 +65,15 @@ class _Stepping(NamedTuple):
 
 
 class DispatchProbe(TorchDispatchMode):
-    """Fills a log, in the thread that entered it and in the backward passes that this thread starts, with
+    """Logs the ops of a step, in the thread that entered it and in the backward passes that this thread starts:
 
     - each op that makes an autograd node: call, module, the storages it saw,
-    - each write (told by the op's schema, or by the assignment of ``data``): op, call, module, the target's version,
-    - each saved tensor that backward reads although it was overwritten after the save. PyTorch's own check, which
-      stays in force, has passed it: the write went past the version counter, or saved-tensor hooks are in the way.
+    - each write (known by the op's schema, or an assignment to ``data``): op, call, module, the target's version,
+    - each saved tensor that backward reads although it was overwritten after the save. PyTorch's own check stays in
+      force but missed it: the write bypassed the version counter, or saved-tensor hooks are in the way.
 
-    For a step that is run again and thrown away: below a mode some ops compute other bits. The mode lies at the bottom
-    of the stack of dispatch modes, so that it can be entered and left at any two moments, whatever ``with`` blocks of
+    Only for a step that is replayed and thrown away: under a mode some ops compute different bits. The mode sits at the
+    bottom of the stack of dispatch modes, so that it can be entered and left at any time, whatever ``with`` blocks of
     others begin and end in between.
     """
 
@@ -80,7 +85,7 @@ class DispatchProbe(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled where this mode is entered, and the guard against it costs as much as the mode.
+        # Nothing is compiled under this mode, and guarding against it would cost as much as the mode.
         return False
 
     def __init__(self, model: nn.Module, current_module: Callable[[], str | None]) -> None:
@@ -139,7 +144,7 @@ class DispatchProbe(TorchDispatchMode):
         put_on(taken_off(self))
 
     def step_aside(self) -> bool:
-        """Leave the stack of modes for a while; false where the probe is not on it."""
+        """Leave the stack of modes for a while; false if the probe is not on it."""
         depth = torch._C._len_torch_dispatch_stack()
         active = any(torch._C._get_dispatch_stack_at(index) is self for index in range(depth))
         if active:
@@ -151,7 +156,7 @@ class DispatchProbe(TorchDispatchMode):
         self._push()
 
     def given(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Given]:
-        """The arguments of an op that is about to be called apart."""
+        """The arguments of an op that is about to run outside the mode."""
         overloads: Sequence[str] = func.overloads() if isinstance(func, torch._ops.OpOverloadPacket) else ()
         targets = write_targets(getattr(func, overloads[0]) if len(overloads) == 1 else func)
         written = (args[position] if position < len(args) else kwargs.get(name) for position, name in targets)
@@ -166,12 +171,12 @@ class DispatchProbe(TorchDispatchMode):
         return given
 
     def _may_pass(self, target: torch.Tensor) -> bool:
-        """Whether PyTorch's check may not see a write to ``target``."""
+        """Whether PyTorch's check may miss a write to ``target``."""
         return not target.requires_grad or self._hooked
 
     @contained
     def log_apart(self, func: Any, given: Sequence[Given], output: Any, frame: FrameType) -> None:
-        """An op was called apart, from ``frame``."""
+        """Log an op that ran outside the mode, called from ``frame``."""
         values = output if isinstance(output, (tuple, list)) else (output,)
         with alone():
             tensors = [one.tensor for one in given]
@@ -201,7 +206,7 @@ class DispatchProbe(TorchDispatchMode):
 
     @contained
     def _assigns(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
-        """``tensor`` is about to be given the memory of ``value``: whoever saved it gets that."""
+        """Log that ``tensor`` is about to get the memory of ``value``: a node that saved the tensor will read that."""
         if threading.get_ident() != self._thread or type(tensor) not in PLAIN or type(value) not in PLAIN:
             return
         with alone():
@@ -219,10 +224,10 @@ class DispatchProbe(TorchDispatchMode):
 
     @contained
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An optimizer step makes many ops and few facts: note what it is about to change, and look away."""
+        """Note what an optimizer step is about to change, and look away: it makes many ops and few facts."""
         if threading.get_ident() != self._thread or self._stepping is not None:
             return
-        # PyTorch's own optimizers count their writes; others may write through `.data`, where a few elements tell.
+        # PyTorch's own optimizers count their writes; others may write through `.data`, which a few elements reveal.
         counted = type(optimizer).__module__.startswith("torch.optim")
         self._stepping = _Stepping(
             optimizer,
@@ -233,7 +238,7 @@ class DispatchProbe(TorchDispatchMode):
                 for parameter in group["params"]
                 if storage_key(parameter) in self.log.users
             ],
-            # A closure is a whole training step.
+            # A closure runs a whole training step.
             blind=len(args) < 2 and kwargs.get("closure") is None,
         )
         if self._stepping.blind:
@@ -265,15 +270,15 @@ class DispatchProbe(TorchDispatchMode):
         observed: Observed | None = None
         counted = True
         try:
-            # What is traced or faked has no content, and is no part of the training.
+            # Traced and fake tensors hold no data, and are not part of the training.
             if not types and not tracing():
-                # Ops hash slowly, and live as long as the process.
+                # By id: ops hash slowly, and live as long as the process.
                 known = self._known.get(id(func)) or self._learn(func)
                 counted = known.counted
                 if self.error is None and self._is_of_interest(known):
                     with torch._C.DisableTorchFunction():
                         observed = self._before(func, known, args, kwargs)
-        except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
+        except Exception as error:  # noqa: BLE001 - our fault must not become the training's
             self.error = self.error or bare(error)
         with own_frame_hidden:
             output = func(*args, **kwargs) if counted else counting_versions(func, args, kwargs)
@@ -286,7 +291,7 @@ class DispatchProbe(TorchDispatchMode):
         return output
 
     def _is_of_interest(self, known: KnownOp) -> bool:
-        """Most ops are not: they make no node, write to nothing, and run in a backward pass without suspects."""
+        """Whether to look at an op. Most make no node, write nothing, and run in a backward pass without suspects."""
         task = _graph_task()
         if task != -1:
             if task != self._task:
@@ -326,12 +331,12 @@ class DispatchProbe(TorchDispatchMode):
         return op, compared
 
     def _note_inference(self, call_site: CallSite) -> None:
-        """A call under ``inference_mode``, as the latest."""
+        """Record a call under ``inference_mode``, as the latest."""
         self.log.under_inference.pop(call_site, None)
         self.log.under_inference[call_site] = None
 
     def _began(self, task: int, frame: FrameType | None) -> None:
-        """A backward pass begins: what of the memory that ops used does something outside PyTorch share by now?"""
+        """Record that a backward pass begins, and find which memory something outside PyTorch shares by now."""
         self._task = task
         if task in self.log.begun:
             return
@@ -339,7 +344,7 @@ class DispatchProbe(TorchDispatchMode):
         self._reads.backward_begins()
 
     def _graph_op(self, func: Any, known: KnownOp, args: Sequence[Any], frame: FrameType | None) -> GraphOp | None:
-        """The op that is being recorded by autograd, where this is one, or where this shows which one it is."""
+        """The op that autograd is recording, if ``func`` is one or shows which op an earlier record stands for."""
         thread = threading.get_ident()
         sequence = _sequence_nr()
         last = self._sequences.get(thread, sequence - 1)
@@ -348,7 +353,7 @@ class DispatchProbe(TorchDispatchMode):
             if made is None or made.sequence != sequence - 1:
                 return None
             if made.hooks and made.func in _PACKING and func not in _PACKING:
-                # What a pack hook does to an input comes before the op that saves it.
+                # A pack hook's ops on an input come before the op that saves it.
                 made.func, made.call_site, made.keys = func, self._call_sites.find(frame), ()
                 self._packed = False
                 return made
@@ -358,7 +363,7 @@ class DispatchProbe(TorchDispatchMode):
                 and _grad_enabled()
                 and made.call_site == self._call_sites.find(frame)
             ):
-                # An in-place op that needs the value it overwrites has made its node, and saved a copy of it.
+                # An in-place op that needs the value it overwrites has made its node and saved a copy of the value.
                 made.func = func
                 return made
             return None
@@ -366,7 +371,7 @@ class DispatchProbe(TorchDispatchMode):
         made = self._latest.get(thread)
         recorded = not _grad_enabled() or any(tensor.requires_grad for tensor in operands_in(args))
         if made is not None and made.on_view and not recorded and not active_hooks():
-            # An op on what needs no gradient makes no node: the in-place op on a view made these, after its own.
+            # Ops without gradients make no node: the in-place op on a view made these nodes, after its own.
             self.log.ops.update(dict.fromkeys(range(last, sequence), made))
             return None
         self._event += 1
@@ -400,7 +405,7 @@ class DispatchProbe(TorchDispatchMode):
                     find = self._call_sites.find_step if key in self.log.names else self._call_sites.find
                     call_site = find(frame)
                 if call_site.writer == "parameter-gather":
-                    # The memory was given back after forward: what is gathered into it again is what was there.
+                    # The memory was freed after forward: gathering restores what was there.
                     return ()
                 if op is not None and target._is_view():
                     op.on_view = True
@@ -409,7 +414,7 @@ class DispatchProbe(TorchDispatchMode):
                 if call_site.caller is not None and not _grad_enabled():
                     self._reads.written_unmarked(target, write)
                 if self._may_pass(target):
-                    # A write without effect is no fault: see what it does.
+                    # A write without effect is no fault: compare the contents.
                     self._reads.suspects.add(key)
                     if op is None:
                         compared.append((write, target, target.detach().clone()))
@@ -461,7 +466,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _allow_higher_order_ops() -> None:
-    """Let ops that take functions pass through the mode. Newer PyTorch asks ``supports_higher_order_operators``."""
+    """Let higher-order ops pass through the mode. Newer PyTorch asks ``supports_higher_order_operators``."""
     if hasattr(TorchDispatchMode, "supports_higher_order_operators"):
         return
     for op in tuple(torch._ops._higher_order_ops.values()):

@@ -1,4 +1,4 @@
-"""Ops of extensions, called apart from the dispatch mode below."""
+"""Run the ops of extensions outside the dispatch mode below."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _PYTORCHS_OWN = ("aten.", "prim.", "prims.", "c10d", "_c10d", "fsdp.", "symm_mem
 
 
 class ExtensionOps(TorchFunctionMode):
-    """Calls the ops of extensions apart from a probe below, which logs each as one op: their kernels may be PyTorch
-    programs themselves, which neither autograd nor autocast would reach there."""
+    """Runs the ops of extensions outside the probe below, which logs each as one op.
+
+    Their kernels may be PyTorch programs themselves, which neither autograd nor autocast would reach under the mode.
+    """
 
     def __init__(self, probe: DispatchProbe) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class ExtensionOps(TorchFunctionMode):
             if not tracing():
                 given = self._probe.given(func, args, kwargs)
                 aside = self._probe.step_aside()
-        except Exception as error:  # noqa: BLE001 - a fault of ours is not the training's
+        except Exception as error:  # noqa: BLE001 - our fault must not become the training's
             self.error = self.error or bare(error)
         try:
             with own_frame_hidden:

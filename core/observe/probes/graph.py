@@ -1,4 +1,4 @@
-"""What a backward pass starts from, read off its graph: nothing is recorded while the graph is made."""
+"""What a backward pass starts from, read off its graph: nothing is recorded while the graph is built."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ _NAME = re.compile(r"(?:Backward)?\d*$")
 
 
 class GraphProbe:
-    """Looks, in the thread that entered it, at the graph of each backward pass when it begins:
+    """Looks at the graph of each backward pass as it begins, in the thread that entered the probe:
 
-    - ``backward`` itself with autocast as it found it,
+    - ``backward`` itself, with the autocast state around it,
     - calls of ``binary_cross_entropy``, by their nodes,
-    - promoting functions that made float32 of a low-precision tensor because of a float32 parameter or buffer,
-    - whether a saved tensor may be stale though PyTorch will not notice. Then ``suspected(frame)`` is called behind the
+    - promoting functions that turned a low-precision tensor into float32 because of a float32 parameter or buffer,
+    - whether a saved tensor may be stale without PyTorch noticing. If so, it calls ``suspected(frame)`` after the
       backward pass, with the frame that began it.
 
-    Which module and which autocast region a node was made in is known by its sequence number.
+    A node's sequence number tells which module and which autocast region it was made in.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class GraphProbe:
         self.error: Exception | None = None
         self.backwards: list[Site] = []
         self.failure: BaseException | None = None
-        """What the latest backward pass that failed raised, in whatever thread."""
+        """What the latest failing backward pass raised, in any thread."""
         self._aliases = aliases
         self._model = model
         self._storages: dict[int, str] = {}
@@ -98,7 +98,7 @@ class GraphProbe:
 
     def __enter__(self) -> GraphProbe:
         self._thread = threading.get_ident()
-        # Of a region that is known it is known when it ends.
+        # If a known region is open, its end is known: outside it, autocast is off.
         self._outside = autocast_state(self._device_type)
         if self._autocast.current is not None:
             self._outside = self._outside._replace(enabled=False)
@@ -135,7 +135,7 @@ class GraphProbe:
 
     @contained
     def _failed(self, error: BaseException, *_: Any, **__: Any) -> None:
-        # In a step that is not run again it would keep the model alive.
+        # Outside a replay it would keep the model alive.
         if self._suspected is None:
             self.failure = error
 
@@ -153,7 +153,7 @@ class GraphProbe:
                 self._count(OpCall("binary_cross_entropy", module, state, (), (), site))
 
     def _promotes(self, node: Any, kind: str) -> None:
-        """Note ``node`` where a float32 parameter or buffer made float32 of what was of low precision."""
+        """Record ``node`` if a float32 parameter or buffer turned a low-precision tensor into float32."""
         if _dtype(node, 0) not in (torch.float32, None):
             return
         edges = node.next_functions
@@ -178,7 +178,7 @@ class GraphProbe:
             self._count(OpCall(_PROMOTING[kind], module, state, (*low, *wide), ("float32",), site))
 
     def _around(self, sequence: int) -> tuple[str | None, AutocastState]:
-        """The innermost module that made the node of this sequence number, and autocast as it was then."""
+        """The innermost module that made node number ``sequence``, and the autocast state at that point."""
         calls = list(self._modules.around(sequence))
         module = next((call.module for call in calls if call.module is not None), None)
         region = self._autocast.at(sequence, self._device_type)
@@ -190,7 +190,7 @@ class GraphProbe:
         return module, self._outside._replace(enabled=self._outside.enabled and (left is None or sequence < left))
 
     def _dtype_of(self, node: Any, index: int) -> torch.dtype | None:
-        """The dtype of what ``node`` made. Older PyTorch does not tell, but where a module returned it."""
+        """The dtype that ``node`` returned. Older PyTorch shows it only if a module returned it."""
         dtype = _dtype(node, index)
         while dtype is None and node is not None:
             made = node._sequence_nr()
@@ -203,7 +203,7 @@ class GraphProbe:
         return dtype
 
     def _parameter(self, node: Any) -> str | None:
-        """The float32 parameter, no single number, that a node, or views of it alone, lead to."""
+        """Name of the non-scalar float32 parameter that ``node``, or a chain of views, leads to."""
         while node is not None and _kind(node) in _VIEWS:
             node = node.next_functions[0][0]
         variable = getattr(node, "variable", None)
@@ -212,8 +212,10 @@ class GraphProbe:
         return self._names.get(id(variable))
 
     def _buffers(self, node: Any, module: str | None) -> Iterator[str]:
-        """The float32 buffers that ``node`` took, by the memory that it saved, else by the code of the module: one
-        that it saved nothing of."""
+        """The float32 buffers that ``node`` took.
+
+        Found by the memory that it saved. If it saved none of theirs: the only one that the module's code names.
+        """
         constants = sum(following is None for following, _ in node.next_functions)
         if not constants:
             return
@@ -249,8 +251,7 @@ class GraphProbe:
         return next((one for name, one in named if plain_name(name) == module), None)
 
     def _line(self, module: str | None, *names: str) -> Site | None:
-        """The one line that names one of ``names``, in the forward of a module or, outside of all, in the code that
-        called backward."""
+        """The only line with one of ``names``, in the module's forward or, without one, in backward's callers."""
         owner = self._submodule(module)
         forward = getattr(getattr(type(owner), "forward", None), "__code__", None)
         frames = (frame.f_code for frame in callers(sys._getframe(2)))
@@ -266,7 +267,7 @@ class GraphProbe:
 
 
 def _kind(node: Any) -> str:
-    """``Mul`` of ``MulBackward0``, whichever way this PyTorch spells it."""
+    """``Mul`` for ``MulBackward0``, however this PyTorch spells it."""
     return _NAME.sub("", type(node).__name__)
 
 
@@ -280,7 +281,7 @@ def _dtype(node: Any, index: int) -> torch.dtype | None:
 
 
 def _source_of_cast(node: Any) -> tuple[Any, int] | None:
-    """What a node that casts has cast."""
+    """The input of ``node``, if it is a cast."""
     return node.next_functions[0] if _kind(node) == "ToCopy" and node.next_functions[0][0] is not None else None
 
 
@@ -298,8 +299,10 @@ def _named_lines(code: CodeType) -> Iterator[tuple[str, int]]:
 
 
 def _writes_unmarked(nodes: list[Any]) -> bool:
-    """Whether a custom function among ``nodes`` may have written to an input without ``mark_dirty``: a later node took
-    the input too, with its history as it was."""
+    """Whether a custom function among ``nodes`` may have written to an input without ``mark_dirty``.
+
+    The sign of it: a later node took the same input with its history unchanged.
+    """
     kinds = {kind for kind in set(map(type, nodes)) if _writes_to_input(getattr(kind, "_forward_cls", None))}
     for node in [node for node in nodes if type(node) in kinds] if kinds else ():
         taken = {edge for edge in node.next_functions if edge[0] is not None}
@@ -311,7 +314,7 @@ def _writes_unmarked(nodes: list[Any]) -> bool:
 
 @functools.cache
 def _writes_to_input(function: Any) -> bool:
-    """Whether the source of a custom function's forward shows a write in place to what it is given."""
+    """Whether the source of a custom function's forward writes to one of its arguments in place."""
     forward = getattr(function, "forward", None)
     if forward is None:
         return False
@@ -339,7 +342,7 @@ def _writes_to_input(function: Any) -> bool:
 
 
 def _root(node: ast.expr) -> str | None:
-    """The name that a chain of views begins with."""
+    """The name that a chain of views starts with."""
     while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else None

@@ -20,9 +20,11 @@ _SEVERAL_VIEWS = frozenset({"aten::split", "aten::split_with_sizes", "aten::unbi
 
 
 class GraphOp:
-    """An op that made an autograd node; for a custom function, the first op inside it. ``keys`` are the storages it
-    took (the first ``taken``) and returned, ``hooks`` the pack hook under which its tensors were saved (true: one that
-    cannot be told)."""
+    """An op that made an autograd node; for a custom function, the first op inside it.
+
+    ``keys`` are the storages it took (the first ``taken``) and returned. ``hooks`` is the pack hook under which its
+    tensors were saved (true: an unknown one).
+    """
 
     __slots__ = ("call_site", "event", "func", "hooks", "keys", "module", "on_view", "sequence", "taken")
 
@@ -41,8 +43,11 @@ class GraphOp:
 
 
 class Overwrite:
-    """A write to a storage. ``version`` is the target's before it and ``after`` the one it gives; ``layout`` is offset,
-    shape and strides in elements of ``dtype``; ``changed`` whether the content differs (``None``: not compared)."""
+    """A write to a storage.
+
+    ``version`` is the target's before the write, ``after`` the one after it. ``layout`` is offset, shape and strides in
+    elements of ``dtype``. ``changed`` says whether the content differs (``None``: not compared).
+    """
 
     __slots__ = ("after", "call_site", "changed", "dtype", "event", "layout", "module", "op", "version")
 
@@ -70,7 +75,7 @@ class Overwrite:
 
 
 class Derived(NamedTuple):
-    """What the tensors of a storage were computed from, by which call. ``cut``: the call left the graph behind."""
+    """What the tensors of a storage were computed from, and by which call. ``cut``: the call lost the graph."""
 
     op: str
     call_site: CallSite
@@ -80,11 +85,10 @@ class Derived(NamedTuple):
 
 
 class GraphLog:
-    """The ops that made autograd nodes, by the nodes' sequence numbers; the writes to the storages that they used; and
-    what else was noted beside them. ``stale`` holds what backward read although it was overwritten, by op and storage.
+    """The ops that made autograd nodes, by the nodes' sequence numbers, and the writes to the storages they used.
 
-    No tensor is held. Storages are held by weak references, which keep an address from being used again, but not the
-    memory.
+    ``stale`` holds what backward read although it was overwritten, by op and storage. The log holds no tensor. It holds
+    storages by weak references, which keep an address from being reused, but not the memory.
     """
 
     def __init__(self) -> None:
@@ -94,7 +98,7 @@ class GraphLog:
         self.names: dict[int, tuple[str, bool]] = {}
         self.ops: dict[int, GraphOp] = {}
         self.made: dict[int, GraphOp] = {}
-        # Arrays of numbers cost the garbage collector nothing, which lists of ops would, and more than all the rest.
+        # Arrays of numbers cost the garbage collector nothing; lists of ops would cost it more than all the rest.
         self.users: dict[int, array[int]] = {}
         self.written: dict[int, list[Overwrite]] = {}
         self.derived: dict[int, Derived] = {}
@@ -104,7 +108,7 @@ class GraphLog:
 
     def __del__(self) -> None:
         storage: Any = torch.UntypedStorage
-        # One whose making failed has none.
+        # If `__init__` failed, there are none.
         for reference in vars(self).get("pinned", {}).values():
             storage._free_weak_ref(reference)
 
@@ -112,11 +116,11 @@ class GraphLog:
         self.written.setdefault(key, []).append(write)
 
     def op_of(self, node: Any) -> GraphOp | None:
-        """The op that made a node of the graph."""
+        """The op that made ``node``."""
         sequence: int = node._sequence_nr()
         if not is_copy_slices(node):
             return self.ops.get(sequence)
-        # An in-place op on a view makes its own node, and then this one around it and one for the view.
+        # An in-place op on a view makes its own node, then this one around it, and one for the view.
         numbers = range(sequence - 1, sequence - 4, -1)
         ops = (self.ops.get(number) for number in numbers)
         return next((op for op in ops if op is not None and op.sequence < sequence), None)
@@ -126,14 +130,16 @@ class GraphLog:
         return [] if key is None else [write for write in self.written.get(key, ()) if write.event > since]
 
     def pin(self, key: int, tensor: torch.Tensor) -> None:
-        """Let the address stand for this storage alone: while weakly held, it is not used again."""
+        """Keep the storage's address from being reused, by holding the storage weakly."""
         if key not in self.pinned:
             storage: Any = tensor.untyped_storage()
             self.pinned[key] = storage._weak_ref()
 
     def cut(self, tensor: torch.Tensor) -> Site | None:
-        """The latest call on the way to ``tensor`` that took tensors with a graph and returned one without; else the
-        call that made it of nothing."""
+        """The latest call on the way to ``tensor`` that took tensors with a graph and returned one without.
+
+        If there is none, the call that made it from nothing.
+        """
         pending, seen = [storage_key(tensor)], set()
         made: Derived | None = None
         while pending:
@@ -154,7 +160,7 @@ class GraphLog:
         return _each_once(op.call_site.site("call", module=op.module, op=op_name(op.func)) for op in ops)
 
     def written_views(self) -> tuple[tuple[Site, tuple[Site, ...]], ...]:
-        """Those of them whose base was written to later, in any view of it, with the writes."""
+        """The calls of ``views`` whose base was later written to, through any view of it, with those writes."""
         found: dict[GraphOp, tuple[Site, tuple[Site, ...]]] = {}
         for op in self.ops.values():
             if op not in found and op_name(op.func) in _SEVERAL_VIEWS:
@@ -165,12 +171,12 @@ class GraphLog:
         return tuple(found.values())
 
     def backwards(self) -> tuple[Site, ...]:
-        """The backward passes that this thread began, in order."""
+        """The backward passes that this thread started, in order."""
         sites = (call_site.site("call") for call_site in self.begun.values())
         return tuple(site for site in sites if site is not None)
 
     def inference(self) -> tuple[Site, ...]:
-        """The calls that made tensors under ``inference_mode``, the latest last."""
+        """The calls that made tensors under ``inference_mode``, latest last."""
         return _each_once(call_site.site("call") for call_site in self.under_inference)
 
     def told(
@@ -186,7 +192,7 @@ class GraphLog:
         versions: tuple[int | None, int | None] = (None, None),
         silent: Silent | None = None,
     ) -> StaleTensor:
-        """A stale tensor with its sites. ``key`` is its storage, ``versions`` are the one saved and the one found."""
+        """A stale tensor with its sites. ``key`` is its storage, ``versions`` are the saved and the found one."""
         saved, found = versions
         name, buffer = (None, False) if key is None else self.names.get(key, (None, False))
         stale = StaleTensor(node.name(), slot, dtype, shape, None, None, None, (), saved, found, name, buffer, silent)
@@ -204,7 +210,7 @@ class GraphLog:
 
 
 def op_name(func: Any) -> str:
-    """``aten::mul_`` of ``torch.ops.aten.mul_.Tensor``, of ``torch.ops.aten.mul_`` and of ``torch.mul_``."""
+    """``aten::mul_`` for ``torch.ops.aten.mul_.Tensor``, ``torch.ops.aten.mul_`` and ``torch.mul_``."""
     schema = getattr(func, "_schema", None)
     if schema is not None:
         return str(schema.name)
@@ -212,7 +218,7 @@ def op_name(func: Any) -> str:
 
 
 def is_copy_slices(node: Any) -> bool:
-    """Whether a node stands for an in-place op on a view; it hides the node of the op."""
+    """Whether a node stands for an in-place op on a view; it hides the op's own node."""
     name: str = node.name()
     return name.endswith("CopySlices")
 
@@ -222,7 +228,7 @@ def layout_of(tensor: torch.Tensor) -> Layout:
 
 
 def unchecked_save(hook: Any, node: str, call_site: CallSite, module: str | None) -> UncheckedSave:
-    """A save under a hook that hands back the tensor itself, with the line of the hook where that is Python's."""
+    """A save under a hook that returns the tensor itself, with the hook's line if it is a Python function."""
     code = getattr(hook, "__code__", None)
     hooks = CallSite((code, 0), None).site("call") if code is not None else None
     return UncheckedSave(node, call_site.site("save", module=module, node=node), hooks)

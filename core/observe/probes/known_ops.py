@@ -1,4 +1,4 @@
-"""What the schema of an op says of it."""
+"""What an op's schema says about it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def known_op(func: Any) -> KnownOp:
 def write_targets(func: Any) -> tuple[tuple[int, str], ...]:
     """The positions and names of the arguments that an op writes to."""
     schema = getattr(func, "_schema", None)
-    # The running statistics that a batch norm writes to are no part of its gradient.
+    # The running statistics that batch norm writes to play no part in its gradient.
     if schema is None or "batch_norm" in schema.name:
         return ()
     return tuple(
@@ -38,7 +38,7 @@ def write_targets(func: Any) -> tuple[tuple[int, str], ...]:
 
 
 def counting_versions(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Call an op that leaves it to the ops it is made of to count versions (a list op): below a mode they would not."""
+    """Call an op whose inner ops count versions for it (a list op): under a mode they would not."""
     if torch.is_inference_mode_enabled():
         return func(*args, **kwargs)
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):

@@ -1,8 +1,8 @@
-"""Listening to functions of PyTorch so that the program cannot tell.
+"""Listen to PyTorch functions without the program noticing.
 
-A function that is listened to stays the object that it is, under every name it was imported as: only its code is
-another meanwhile. Its name, file and line are the original's, so that tracebacks, profiles and warnings read as ever.
-While Dynamo compiles, the original code is back: what was compiled must not depend on who listened.
+A function that is listened to stays the same object, under every name it was imported as: only its code is swapped
+meanwhile. The new code keeps the original's name, file and line, so that tracebacks, profiles and warnings look as
+usual. While Dynamo compiles, the original code is back: what it compiles must not depend on who listens.
 """
 
 from __future__ import annotations
@@ -24,18 +24,24 @@ After = Callable[..., None]
 
 
 class Listening:
-    """What one listens to; ``end`` ends all of it, also what a fault left half-way, and may be called again."""
+    """A listener and what it listens to.
+
+    ``end`` ends all of it, even what a fault left half-way, and may be called again.
+    """
 
     def to(
         self, function: Any, *, before: Before | None = None, after: After | None = None, failed: After | None = None
     ) -> None:
-        """Have ``before(*args, **kwargs)`` called ahead of each call of the Python function ``function``, and
-        ``after(result, *args, **kwargs)`` behind it, or ``failed(error, *args, **kwargs)`` where it raised; none of
-        them may raise. What ``before`` returns, if anything, is called with in place of the positional arguments."""
+        """Call the given functions around each call of the Python function ``function``.
+
+        ``before(*args, **kwargs)`` runs before it and ``after(result, *args, **kwargs)`` after it, or ``failed(error,
+        *args, **kwargs)`` if it raised; none of them may raise. What ``before`` returns, if anything, replaces the
+        positional arguments.
+        """
         self.by(function, functools.partial(_between, function), before, after, failed)
 
     def by(self, function: Any, made: Callable[[CodeType, list[Any]], CodeType], *listener: Any) -> None:
-        """The same by the code ``made(its own code, listeners)``, which all who listen to ``function`` share."""
+        """Listen by swapping in the code ``made(its own code, listeners)``, which all listeners share."""
         _mind_forks()
         heard = _functions.setdefault(function, _Function(function, made))
         heard.listeners.append((self, *listener))
@@ -43,8 +49,10 @@ class Listening:
         _mind_dynamo()
 
     def to_attribute(self, owner: Any, name: str, made: Callable[[Any, list[Any]], Any], listener: Any) -> None:
-        """Listen to an attribute of ``owner`` that is written in C and so has no code to exchange: meanwhile it is
-        ``made(what it was, listeners)``. Who replaces it too is left alone."""
+        """Listen to an attribute of ``owner`` that is written in C, and so has no code to swap.
+
+        Meanwhile the attribute is ``made(original, listeners)``. If somebody else replaces it too, theirs stays.
+        """
         stand_in = _attributes.setdefault((id(owner), name), _StandIn(owner, name, made))
         stand_in.listeners.append((self, listener))
         stand_in.renew()
@@ -59,7 +67,7 @@ class Listening:
 
 
 class _Function:
-    """A function that may be listened to: its own code, and how to make the other one for the listeners."""
+    """A function that can be listened to: its own code, and how to make the code that calls the listeners."""
 
     def __init__(self, function: FunctionType, made: Callable[[CodeType, list[Any]], CodeType]) -> None:
         self.listeners: list[Any] = []
@@ -84,7 +92,7 @@ class _Function:
 
 
 class _StandIn:
-    """An attribute that may be listened to, and what stands for it meanwhile."""
+    """An attribute that can be listened to, and what stands in for it meanwhile."""
 
     def __init__(self, owner: Any, name: str, made: Callable[[Any, list[Any]], Any]) -> None:
         self.listeners: list[Any] = []
@@ -114,12 +122,12 @@ _ABSENT = object()
 
 
 live: list[list[Any]] = []
-"""Lists of listeners that code reads when it comes to them."""
+"""Lists of listeners that running code reads when it gets to them."""
 
 
 @contextlib.contextmanager
 def nobody_listening() -> Iterator[None]:
-    """All who listen are set aside, but for those that come in the block."""
+    """Set all listeners aside, except those that start inside the block."""
     held: list[_Function | _StandIn] = [*_functions.values(), *_attributes.values()]
     lists = [*live, *(one.listeners for one in held)]
     kept = [one[:] for one in lists]
@@ -138,8 +146,10 @@ def nobody_listening() -> Iterator[None]:
 
 
 def disguised(template: Any, original: CodeType, values: dict[str, Any], line: int | None = None) -> CodeType:
-    """The code of ``template`` in the guise of ``original``, all of it on ``line`` (by default its first), with
-    ``values`` in place of the strings that name them."""
+    """The code of ``template`` in the guise of ``original``, all of it on ``line`` (by default its first).
+
+    ``values`` replace the strings that name them.
+    """
     made = template.__code__
     line = original.co_firstlineno if line is None else line
     facts: dict[str, Any] = {
@@ -147,7 +157,7 @@ def disguised(template: Any, original: CodeType, values: dict[str, Any], line: i
         "co_filename": original.co_filename,
         **names_of(original),
         "co_firstlineno": original.co_firstlineno,
-        # Unused by the template, but a function's closure must fit its code.
+        # The template uses none, but a function's closure must fit its code.
         "co_freevars": original.co_freevars,
         "co_linetable": _on_one_line(len(made.co_code), line - original.co_firstlineno, _columns(original, line)),
     }
@@ -157,7 +167,7 @@ def disguised(template: Any, original: CodeType, values: dict[str, Any], line: i
 
 @functools.cache
 def _columns(code: CodeType, line: int) -> tuple[int, int] | None:
-    """The widest expression of a line of ``code``."""
+    """The columns of the widest expression on a line of ``code``."""
     if not hasattr(code, "co_positions"):
         return None
     spans = [
@@ -170,8 +180,10 @@ def _columns(code: CodeType, line: int) -> tuple[int, int] | None:
 
 @functools.cache
 def _on_one_line(size: int, delta: int, columns: tuple[int, int] | None) -> bytes:
-    """A table of lines by which all of ``size`` bytes of code are on the line ``delta`` after the first. See
-    https://github.com/python/cpython/blob/main/InternalDocs/code_objects.md"""
+    """A line table that puts all ``size`` bytes of code on the line ``delta`` after the first.
+
+    See https://github.com/python/cpython/blob/main/InternalDocs/code_objects.md
+    """
     table = bytearray()
     deltas = itertools.chain((delta,), itertools.repeat(0))
     if sys.version_info < (3, 11):
@@ -207,7 +219,7 @@ def _between(function: FunctionType, code: CodeType, listeners: list[Any]) -> Co
     return made
 
 
-# A string stands for what `disguised` puts in its place: the code runs among the globals of another module.
+# `disguised` replaces these strings by their values: the code runs with the globals of another module.
 def _template(*args: Any, **kwargs: Any) -> Any:
     befores: Any = "befores"
     original: Any = "original"
@@ -230,7 +242,7 @@ def _template(*args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def _mind_forks() -> None:
-    """A forked process is another program: nobody listens there."""
+    """Stop listening in forked processes: they are other programs."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forked)
 
@@ -244,7 +256,7 @@ def _forked() -> None:
 
 
 def _mind_dynamo() -> None:
-    """Have Dynamo tell when it compiles, as long as anybody listens."""
+    """Have Dynamo say when it compiles, as long as anybody listens."""
     anybody = any(function.listeners for function in _functions.values())
     if not anybody:
         _compiling.clear()
@@ -262,7 +274,7 @@ def _mind_dynamo() -> None:
             handler.remove_end_callback(_compilation_ended)
 
 
-# Dynamo takes what these raise for a fault of its own.
+# Dynamo takes what these raise for its own fault.
 def _compilation_began(*_: Any) -> None:
     try:
         _compiling.append(None)

@@ -1,4 +1,4 @@
-"""The stacks of modes that a program may be in, left as they are."""
+"""Look past the stacks of modes that a program may be in, and leave them as they are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ _INNER = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE"
 
 
 def taken_off(mode: Any = None) -> list[Any]:
-    """Take ``mode`` (or, for ``None``, all) and what lies above it off the stack of dispatch modes; return the others,
-    lowest first."""
+    """Pop ``mode`` (``None``: all) and the dispatch modes above it; return all but ``mode``, lowest first."""
     taken: list[Any] = []
     while torch._C._len_torch_dispatch_stack():
         top = torch._C._pop_torch_dispatch_stack(None)
@@ -25,14 +24,14 @@ def taken_off(mode: Any = None) -> list[Any]:
 
 
 def put_on(modes: Iterable[Any]) -> None:
-    """Put dispatch modes on their stack, lowest first."""
+    """Push dispatch modes onto their stack, lowest first."""
     for mode in modes:
         torch._C._push_on_torch_dispatch_stack(mode)
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Look at tensors above the dispatcher, unseen by the modes of anybody and by autograd."""
+    """Look at tensors unseen by anybody's modes and by autograd."""
     modes = taken_off()
     try:
         with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowAutograd():
@@ -42,5 +41,5 @@ def alone() -> Iterator[None]:
 
 
 def tracing() -> bool:
-    """Whether what runs is traced or faked: its tensors have no content, and are no part of the training."""
+    """Whether the running code is traced or faked: its tensors hold no data, and are not part of the training."""
     return any(_active(key) is not None for key in _INNER)

@@ -1,4 +1,4 @@
-"""What each module call looks like: autocast around it, dtypes in and out, and which graph nodes were made in it."""
+"""What each module call looks like: autocast around it, dtypes in and out, and the graph nodes made in it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ Returned = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 class LoggedCall(NamedTuple):
-    """A call of a module as it was noted, in plain values. The nodes that were made in it have the sequence numbers
-    from ``first`` up to ``last``; ``place`` is the instruction that made the call."""
+    """A recorded module call, in plain values.
+
+    The nodes made in it have the sequence numbers from ``first`` up to ``last``; ``place`` is the instruction that made
+    the call.
+    """
 
     outputs: tuple[torch.dtype, ...]
     own: tuple[str, ...]
@@ -48,8 +51,8 @@ class LoggedCall(NamedTuple):
 class ModuleProbe:
     """Records the calls of all modules while it is active.
 
-    Nothing is stored on a module, no hook is registered, and no tensor is kept: dtypes are read at once, because an
-    in-place operation that follows would change what a kept tensor shows. Calls that look alike are counted together.
+    It stores nothing on a module, registers no hook and keeps no tensor: it reads dtypes at once, because a later
+    in-place operation would change what a kept tensor shows. Calls that look alike are counted together.
     """
 
     def __init__(
@@ -70,10 +73,10 @@ class ModuleProbe:
 
     @property
     def calls(self) -> tuple[ModuleCall, ...]:
-        """The calls in the order of their first return."""
+        """The calls, in the order of their first return."""
         counts: dict[tuple[Any, ...], int] = {}
         log = [LoggedCall(*entry) for entry in self._log]
-        # Dynamo may leave the call of the module itself to Python: it is that of its wrapper.
+        # Dynamo may leave the call of the wrapped module to Python: count only the wrapper's.
         wrapped = {one.module for one in log if one.type == _COMPILED}
         for one in log:
             if one.type != _COMPILED and one.module in wrapped:
@@ -95,17 +98,17 @@ class ModuleProbe:
 
     @property
     def current(self) -> str | None:
-        """Qualified name of the innermost module of the model that the running thread is inside of."""
+        """Qualified name of the innermost module of the model that the running thread is in."""
         return next((entry[1] for entry in reversed(self._local.stack) if entry[1] is not None), None)
 
     def around(self, sequence: int) -> Iterator[LoggedCall]:
-        """The calls, innermost first, in which the thread that entered made the node of this sequence number."""
+        """The calls, innermost first, in which the thread that entered the probe made node number ``sequence``."""
         for entry in self._log:
             if entry[_FIRST] <= sequence < entry[_LAST] and entry[_THREAD] == self._thread:
                 yield LoggedCall(*entry)
 
     def returning(self, sequence: int) -> LoggedCall | None:
-        """The innermost call that returned when this node was the latest."""
+        """The innermost call that returned while this node was the latest."""
         return next((call for call in self.around(sequence) if call.last == sequence + 1), None)
 
     def __enter__(self) -> ModuleProbe:
@@ -123,14 +126,14 @@ class ModuleProbe:
     ) -> None:
         _probes[:] = [probe for probe in _probes if probe is not self]
         self._listening.end()
-        # A hook of the model may end the step, inside the calls of what is around it.
+        # A hook of the model may end the step inside the calls around it.
         for entry in reversed(self._local.stack):
             if entry[1] is not None:
                 self._log.append(((), (), torch._C._autograd._get_sequence_nr(), *entry))
         self._local.stack.clear()
 
     def _own_dtypes(self, module: nn.Module) -> tuple[str, ...]:
-        # Whole, and in the dtype that forward computes in, they are there for the length of the call alone.
+        # Only during the call are parameters whole, and in the dtype that forward computes in.
         return tuple(sorted(set(floating_dtypes(p for p in module._parameters.values() if p is not None))))
 
 
@@ -139,8 +142,11 @@ _FIRST, _LAST, _THREAD = (LoggedCall._fields.index(name) for name in ("first", "
 
 
 def on_module_calls(before: Called, after: Returned | None = None) -> Callable[[], None]:
-    """Have ``before(module, args)`` called ahead of every call of a module, and ``after(module, args, output)`` behind
-    it, outside of what is compiled. Returns what ends it, which may be called again."""
+    """Call the functions around every call of a module outside compiled code.
+
+    ``before(module, args)`` runs before it, ``after(module, args, output)`` after it. Returns a function that ends
+    this; it may be called again.
+    """
     listener, listening = (before, after), Listening()
 
     def end() -> None:
@@ -156,23 +162,24 @@ def on_module_calls(before: Called, after: Returned | None = None) -> Callable[[
     return end
 
 
-# What is active now. The code of a call reads them when it comes to them, so that a step can begin in a call.
+# What is active now. A call reads these when it gets to them, so that a step can begin inside a call.
 _probes: list[ModuleProbe] = []
 _callbacks: list[tuple[Called, Returned | None]] = []
 live += [_probes, _callbacks]
 
 
 class _Local(threading.local):
-    """The calls that each thread is inside of, outermost first: the fields of a ``LoggedCall`` that are known by then,
-    the module's name second."""
+    """The calls that each thread is in, outermost first.
+
+    They hold the fields of a ``LoggedCall`` that are known by then, the module's name second.
+    """
 
     def __init__(self) -> None:
         self.stack: list[tuple[Any, ...]] = []
 
 
-# In place of `nn.Module._wrapped_call_impl`, in its guise. A string stands for what `_watched` puts in its place. But
-# for callbacks it calls no function written in Python: a model may be at the last frame that the recursion limit
-# allows, and Dynamo would compile the functions that it meets.
+# In place of `nn.Module._wrapped_call_impl`, in its guise. `_watched` replaces the strings by their values. Except for
+# callbacks it calls no Python function: a model may be at the recursion limit, and Dynamo would compile those it meets.
 def _template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
     callbacks: Any = "callbacks"
     probes: Any = "probes"
@@ -182,7 +189,7 @@ def _template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
     called: Any = ()
     if callbacks:
         compiling = set_eval_frame(None)
-        # What compiled code calls is no call of the loop's.
+        # What compiled code calls is not called by the loop.
         called = (*callbacks,) if compiling is None else ()
         for before, _ in called:
             before(self, args)
@@ -218,7 +225,7 @@ def _template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             entered.append((probe, stack, entry))
         except RecursionError:
             pass
-        except Exception as error:  # noqa: BLE001 - it is ours, and not the training's
+        except Exception as error:  # noqa: BLE001 - our fault, not the training's
             error.__traceback__ = error.__context__ = None
             probe.error = probe.error or error
     result = None
@@ -233,7 +240,7 @@ def _template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             try:
                 if not stack or stack.pop() is not entry:
                     continue
-                # Gradients do not pass through a data transform or a metric: those are none of the training forward.
+                # Gradients do not pass through a data transform or a metric: neither is part of the training forward.
                 graph = entry[1] is not None or entry[3]
                 with no_mode():
                     pending, seen = [result], {}
@@ -252,7 +259,7 @@ def _template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
                         record(((*dtypes,), () if own is None else own(self), sequence(), *entry))
             except RecursionError:
                 pass
-            except Exception as error:  # noqa: BLE001 - it is ours, and not the training's
+            except Exception as error:  # noqa: BLE001 - our fault, not the training's
                 error.__traceback__ = error.__context__ = None
                 probe.error = probe.error or error
     if called:
@@ -279,7 +286,7 @@ _TOOLS = (
 
 
 def floating_dtypes(values: Iterable[Any]) -> tuple[str, ...]:
-    """Dtypes of the floating tensors in nested lists, tuples and dicts, in order."""
+    """Dtypes of the floating-point tensors in nested lists, tuples and dicts, in order."""
     return _floating(tensor.dtype for tensor in tensors_in(list(values)))
 
 

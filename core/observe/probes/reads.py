@@ -1,4 +1,4 @@
-"""Whether what backward reads is what was saved for it."""
+"""Check that backward reads what was saved for it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ _current_node: Callable[[], Any] = torch._C._current_autograd_node
 
 
 class BackwardReads:
-    """Fills a log with the saved tensors that backward reads although they were overwritten after the save. PyTorch's
-    own check has passed them: the write went past the version counter, or saved-tensor hooks are in the way.
+    """Logs the saved tensors that backward reads although they were overwritten after the save.
 
-    ``suspects`` are the storages that were written to in such a way, ``shared`` those that something outside PyTorch
-    sees too.
+    PyTorch's own check missed them: the write bypassed the version counter, or saved-tensor hooks are in the way.
+    ``suspects`` are the storages written to in such a way, ``_shared`` those that something outside PyTorch sees too.
     """
 
     def __init__(self, log: GraphLog, call_sites: CallSites, current_module: Callable[[], str | None]) -> None:
@@ -42,34 +41,34 @@ class BackwardReads:
 
     @property
     def needed(self) -> bool:
-        """Whether backward may read anything that PyTorch's check passes."""
+        """Whether backward may read anything that PyTorch's check misses."""
         return bool(self.suspects or self._shared or self._foreign_hooks)
 
     def saved_under(self, hooks: Hooks) -> None:
         self._foreign_hooks = self._foreign_hooks or _is_foreign(hooks)
 
     def moved(self, old: int, new: int, write: Overwrite) -> None:
-        """A tensor with the storage ``old`` was given the storage ``new``: whoever saved it gets that."""
+        """Record that a tensor moved from storage ``old`` to ``new``: a node that saved it will read the new one."""
         self._moved[new] = old, write
         self.suspects |= {old, new}
 
     def written_unmarked(self, target: torch.Tensor, write: Overwrite) -> None:
-        """A custom function wrote to what it was given; its history stays as it was where that is not marked dirty."""
+        """Record a custom function's write to its input; unless it is marked dirty, the input keeps its history."""
         base = target if target._base is None else target._base
         if base.grad_fn is not None:
             self._unmarked.append((weakref.ref(base), base.grad_fn._sequence_nr(), write))
 
     def backward_begins(self) -> None:
-        """What of the memory that ops used does something outside PyTorch share by now?"""
+        """Find the memory used by ops that something outside PyTorch shares by now."""
         storage: Any = torch.UntypedStorage
         for key in {key for _, key, *_ in self._contents}:
-            # Memory that NumPy shares can no longer be resized.
+            # Memory shared with NumPy can no longer be resized.
             alive = storage._new_with_weak_ptr(self._log.pinned[key])
             if alive is not None and not alive.resizable():
                 self._shared.add(key)
 
     def check(self, args: Sequence[Any], frame: FrameType | None) -> None:
-        """Backward reads ``args``: is one of them a saved tensor whose content is no longer what was saved?"""
+        """Log which of the ``args`` that backward reads are saved tensors whose content has changed since the save."""
         node: Any = None
         for tensor in operands_in(args):
             key = storage_key(tensor)
@@ -86,7 +85,7 @@ class BackwardReads:
                 continue
             alias = key in op.keys
             if not alias:
-                # A checkpoint computed it anew: the op that saved it is the same op, run again.
+                # A checkpoint recomputed it: the op that saved it is the same op, run again.
                 users = (self._log.made[event] for event in self._log.users[key] if event > op.event)
                 again = [user for user in users if user.func is op.func and user.module in (None, op.module)]
                 if not _keeps_results(op, node):
@@ -113,7 +112,7 @@ class BackwardReads:
                 self._log.unchecked.setdefault(op.hooks, unchecked_save(op.hooks, node.name(), op.call_site, op.module))
 
     def _check_moved(self, tensor: torch.Tensor, old: int, write: Overwrite, node: Any) -> None:
-        """Backward reads memory that was assigned to a tensor after a node had saved what it had before."""
+        """Log that backward reads memory assigned to a tensor after a node had saved what it held before."""
         op = self._log.op_of(node) if node is not None else None
         if op is None or op.event > write.event or old not in op.keys or not write.changed or op.hooks:
             return
@@ -124,8 +123,10 @@ class BackwardReads:
             self._log.stale[op.event, old] = stale
 
     def note_content(self, op: GraphOp, tensor: torch.Tensor, key: int) -> None:
-        """A number that tells contents apart, for memory that may be written to from outside PyTorch. Parameters and
-        buffers are left out: other processes may train them too, and batch norm updates its own."""
+        """Record a checksum of memory that something outside PyTorch may write to.
+
+        Skips parameters and buffers: other processes may train them too, and batch norm updates its own.
+        """
         if (
             tensor.is_cpu
             and tensor.is_floating_point()
@@ -136,7 +137,7 @@ class BackwardReads:
             self._contents[(op.event, key, *layout)] = total
 
     def _content_differs(self, op: GraphOp, key: int, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is another than when ``op`` saw it, though nothing in PyTorch wrote to it."""
+        """Whether ``tensor`` differs from what ``op`` saw, though nothing in PyTorch wrote to it."""
         layout, total = _content(tensor)
         written = max((write.event for write in self._log.written.get(key, ()) if write.event <= op.event), default=0)
         events = (event for event in reversed(self._log.users[key]) if written <= event <= op.event)
@@ -145,8 +146,7 @@ class BackwardReads:
         return not math.isnan(before) and total != before
 
     def check_unmarked(self, args: Sequence[Any], frame: FrameType | None) -> None:
-        """An op is recorded on ``args``: is one of them an input that a custom function wrote to, with its history
-        as it was?"""
+        """Log those ``args`` of a recorded op that a custom function wrote to without changing their history."""
         for tensor in operands_in(args):
             for reference, sequence, write in self._unmarked:
                 if reference() is not tensor or tensor.grad_fn is None or tensor.grad_fn._sequence_nr() != sequence:
@@ -163,8 +163,11 @@ class BackwardReads:
 
 
 def _content(tensor: torch.Tensor) -> tuple[tuple[int, ...], float]:
-    """The elements that a tensor takes of its storage, in one tuple of numbers, which costs the garbage collector
-    nothing, and their sum in the order they lie there: the same for all its transposes."""
+    """The elements that a tensor takes of its storage, and their sum in the order they lie there.
+
+    The elements are one tuple of numbers, which costs the garbage collector nothing; the sum is the same for all
+    transposes.
+    """
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], tensor.shape[dim]))
     laid = tensor.permute(order).squeeze() if order else tensor
@@ -172,7 +175,7 @@ def _content(tensor: torch.Tensor) -> tuple[tuple[int, ...], float]:
 
 
 def _function_name(call_site: CallSite) -> str:
-    """Of a call_site in the forward of a custom function, ``Scale.forward``."""
+    """``Scale.forward``, for a call site in the forward of a custom function."""
     return qualified_name(call_site.user[0]) if call_site.user else "a custom function"
 
 
@@ -182,14 +185,14 @@ def _is_foreign(hooks: Hooks) -> bool:
 
 
 def _keeps_results(op: GraphOp, node: Any) -> bool:
-    """Whether a node has saved anything that is not an argument of its op."""
+    """Whether a node has saved anything other than an argument of its op."""
     schema = getattr(op.func, "_schema", None)
     arguments = {argument.name for argument in schema.arguments} if schema is not None else set()
     return any(name not in arguments for name, _ in saved_slots(node))
 
 
 def _slot_of(node: Any, key: int) -> str | None:
-    """The slot of a node that holds the storage ``key``."""
+    """The slot of ``node`` that holds the storage ``key``."""
     for slot, _ in saved_slots(node):
         try:
             value = slot_value(node, slot)

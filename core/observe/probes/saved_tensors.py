@@ -21,7 +21,7 @@ _SHAPE = re.compile(r"\[[\w.]+ \[([\d, ]*)\]\]")
 
 
 def graph_trace(probe: DispatchProbe, error: BaseException | None = None, *, replay: str | None = None) -> GraphTrace:
-    """What ``probe`` saw, with the stale tensors behind ``error``. Raises the first error of the probe."""
+    """What ``probe`` saw, with the stale tensors behind ``error``. Raises the probe's first error."""
     if probe.error is not None:
         raise probe.error
     log = probe.log
@@ -42,10 +42,10 @@ def graph_trace(probe: DispatchProbe, error: BaseException | None = None, *, rep
 
 
 def stale_tensors(error: BaseException, log: GraphLog) -> tuple[StaleTensor, ...]:
-    """All stale tensors of the graph on which backward raised ``error``; the one it raised for comes first.
+    """All stale tensors of the graph on which backward raised ``error``, the one it raised for first.
 
-    Each slot of each node is asked for its tensor, as backward would ask: PyTorch's own check names the stale ones.
-    Slots under saved-tensor hooks are left alone, since to ask them runs the hooks (a checkpoint, say).
+    Asks each slot of each node for its tensor, as backward would: PyTorch's own check names the stale ones. Skips slots
+    under saved-tensor hooks, since reading them runs the hooks (a checkpoint's, for example).
     """
     found: list[tuple[int, int, StaleTensor]] = []
     hidden: list[tuple[int, int, StaleTensor]] = []
@@ -69,7 +69,7 @@ def stale_tensors(error: BaseException, log: GraphLog) -> tuple[StaleTensor, ...
 
 
 def _roots(error: BaseException) -> tuple[torch.Tensor, ...]:
-    """What the innermost failing backward pass started from."""
+    """The tensors that the innermost failing backward pass started from."""
     roots: tuple[torch.Tensor, ...] = ()
     traceback = error.__traceback__
     while traceback is not None:
@@ -86,7 +86,7 @@ def _stale_tensor(node: Any, slot: str, raw: Any, message: str, op: GraphOp | No
     candidates = [_identity(saved_tensor, message) for saved_tensor in (raw if isinstance(raw, tuple) else (raw,))]
     identity = next((c for c in candidates if c and c[1] == found and shape in (None, c[2])), None)
     if identity is None and op is not None:
-        # A leaf that became part of a graph by the write shows itself to no hook.
+        # A leaf that the write made part of a graph reaches no hook.
         written = _written(log, op, saved, found)
         key, writes = next(iter(written.items())) if len(written) == 1 else (None, [])
         dtype = dtype_name(writes[0].dtype) if writes else ""
@@ -100,7 +100,7 @@ def _stale_tensor(node: Any, slot: str, raw: Any, message: str, op: GraphOp | No
 def _identity(saved: Any, message: str) -> tuple[int, int, tuple[int, ...], str] | None:
     """Storage, version, shape and dtype of a stale saved tensor.
 
-    Only hooks are handed a stale tensor. The slot stays what it was: to unpack it raises the same error.
+    PyTorch gives a stale tensor only to hooks. The slot behaves as before: unpacking it raises the same error.
     """
     seen: list[tuple[int, int, tuple[int, ...], str]] = []
 
@@ -118,9 +118,11 @@ def _identity(saved: Any, message: str) -> tuple[int, int, tuple[int, ...], str]
 
 
 def _behind(node: Any, op: GraphOp, message: str, log: GraphLog) -> Iterator[tuple[int, StaleTensor]]:
-    """What is stale in the node that an in-place op on a view hides: of the storages the op used, those that were
-    written as often since as the message says. Those rank higher whose op made what the message names, then those of
-    the shape it says, and then those that were written after the op."""
+    """The stale tensors of the node that an in-place op on a view hides, with their ranks.
+
+    These are the storages the op used that were written since as often as the message says. First come those whose op
+    made what the message names, then those of the shape it gives, then those written after the op.
+    """
     if not _VERSIONS.search(message):
         return
     saved, found = _versions(message)
@@ -135,20 +137,20 @@ def _behind(node: Any, op: GraphOp, message: str, log: GraphLog) -> Iterator[tup
 
 
 def _written(log: GraphLog, op: GraphOp, saved: int, found: int) -> dict[int, list[Overwrite]]:
-    """Of the storages that ``op`` used, those written from version ``saved`` to ``found``, with the writes."""
+    """The storages that ``op`` used and that went from version ``saved`` to ``found``, with their writes."""
     counted = {key: _counted(log, key, op, saved, found) for key in op.keys}
     written = {
         key: writes
         for key, writes in counted.items()
         if any(write.version == saved for write in writes) and any(write.after == found for write in writes)
     }
-    # What the op wrote itself is what was stale only where nothing was written later.
+    # The op's own write made the tensor stale only if nothing was written later.
     later = {key: writes for key, writes in written.items() if any(write.event > op.event for write in writes)}
     return later or written
 
 
 def _versions(message: str) -> tuple[int, int]:
-    """The version that was saved and the one found, of a message that names both."""
+    """The saved and the found version, from a message that names both."""
     match = _VERSIONS.search(message)
     assert match is not None
     return int(match[2]), int(match[1])
@@ -161,6 +163,6 @@ def _shape(message: str) -> tuple[int, ...] | None:
 
 def _counted(log: GraphLog, key: int | None, op: GraphOp | None, saved: int, found: int) -> list[Overwrite]:
     """The writes that took a tensor from version ``saved`` to ``found``."""
-    # `x.mul_(x)` saves what it writes to itself.
+    # `x.mul_(x)` saves the tensor that it writes to.
     writes = log.writes(key, op.event - 1 if op else 0)
     return [write for write in writes if write.version is not None and saved <= write.version < found]

@@ -1,4 +1,4 @@
-"""In which order a step scales, backpropagates, unscales, clips and steps."""
+"""The order in which a step scales, backpropagates, unscales, clips and steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ampcheck.source.lines import calling_site
 from ampcheck.trace import ScalerCall, Site
 
 _CLIPPING = ("clip_grad_norm_", "clip_grad_value_")
-# How far behind a loss its scaling may lie: `scaler.scale(a) + scaler.scale(b)`, `scaler.scale(a) / steps`.
+# How many nodes behind a loss its scaling may be: `scaler.scale(a) + scaler.scale(b)`, `scaler.scale(a) / steps`.
 _NEAR = 64
 
 
@@ -39,7 +39,7 @@ class _Event:
 class ScalerProbe:
     """Records, while it is active, the calls of enabled gradient scalers, of ``backward`` and of gradient clipping.
 
-    No tensor is kept, only the graph nodes that scaling made.
+    It keeps no tensor, only the graph nodes that scaling made.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class ScalerProbe:
 
     @property
     def calls(self) -> tuple[ScalerCall, ...]:
-        """What was seen, in order; nothing where no scaler was at work."""
+        """The calls in order; empty if no scaler was at work."""
         if not any(event.op in ("scale", "unscale", "step", "update") for event in self._events):
             return ()
         return tuple(self._call(event) for event in self._events)
@@ -98,7 +98,7 @@ class ScalerProbe:
 
     @contained
     def _did_read_scale(self, *_: Any) -> None:
-        # To divide the gradients by it, or to multiply the norm to clip to: both are right.
+        # To divide the gradients by it, or to multiply the clipping norm: both are right.
         self._scale_was_read = True
 
     @contained
@@ -119,7 +119,7 @@ class ScalerProbe:
         if not scaler.is_enabled():
             return
         self._recognise(scaler)
-        # Fused optimizers are always called, and decide themselves whether to move.
+        # Fused optimizers are always called, and decide for themselves whether to step.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         skipped = None if fused else not self._stepped
         self._events.append(_Event("step", calling_site(), self._index(optimizer), skipped=skipped))
@@ -145,8 +145,10 @@ class ScalerProbe:
         self._events.append(_Event("backward", calling_site(), tensors=leaves, scaled=scaled, factors=factors))
 
     def _recognise(self, scaler: torch.amp.GradScaler) -> None:
-        """A watch that began inside ``scaler.scale(model(x))`` did not see that call; the scale is a factor of the
-        loss."""
+        """Recognise a scaled loss by its factor, the scale.
+
+        A watch that began inside ``scaler.scale(model(x))`` did not see that call.
+        """
         scale = getattr(scaler, "_scale", None)
         since = self._since_update()
         for index, event in enumerate(since):
@@ -159,7 +161,7 @@ class ScalerProbe:
         if not isinstance(parameters, GeneratorType):
             self._clips(parameters)
             return None
-        # It can be read once only.
+        # It can be read only once.
         held = list(parameters)
         self._clips(held)
         return ((parameter for parameter in held), *args)
@@ -192,9 +194,11 @@ def _listed(values: Any) -> Iterable[Any]:
 
 
 def _factors(tensors: Any) -> frozenset[int]:
-    """The storages of the numbers that tensors were multiplied by. What was saved under hooks is left alone: to look
-    at it runs them, and a checkpoint would compute its forward again."""
-    # Older PyTorch does not tell: there the loss itself has to be the product.
+    """The storages of the scalars that tensors were multiplied by.
+
+    Skips what was saved under hooks: reading it runs them, and a checkpoint would recompute its forward.
+    """
+    # Older PyTorch does not show hooks: there the loss itself must be the product.
     near = _NEAR if hasattr(torch._C._autograd.SavedTensor, "unpack_hook") else len(list(tensors_in(tensors)))
     found = set()
     for node in nodes_behind(tensors, near):
