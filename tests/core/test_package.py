@@ -21,6 +21,8 @@ CORE, INTEGRATIONS = ROOT / "core", ROOT / "integrations"
 FRAMEWORKS = ("lightning", "pytorch_lightning", "mmengine", "ultralytics", "timm")
 SOURCES = sorted(CORE.rglob("*.py"))
 ADAPTERS = sorted(path for path in INTEGRATIONS.glob("*.py") if path.name != "__init__.py")
+# `fixes/lightning.py`, `commands/timm.py`: what is beside an adapter is its own.
+BESIDE = sorted(path for path in INTEGRATIONS.glob("*/*.py") if path.name != "__init__.py")
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,13 +35,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def packages_on_disk():
     """The packages that hold Python files, by the names they are imported by."""
     core = {".".join(("ampcheck", *path.parent.relative_to(CORE).parts)) for path in SOURCES}
-    return core | {"ampcheck.integrations"}
+    return core | {
+        ".".join(("ampcheck.integrations", *path.parent.relative_to(INTEGRATIONS).parts))
+        for path in INTEGRATIONS.rglob("*.py")
+    }
 
 
 def shipped():
     """The files that a wheel must hold."""
     files = {f"ampcheck/{path.relative_to(CORE).as_posix()}" for path in SOURCES}
-    files |= {f"ampcheck/integrations/{path.name}" for path in INTEGRATIONS.glob("*.py")}
+    files |= {
+        f"ampcheck/integrations/{path.relative_to(INTEGRATIONS).as_posix()}" for path in INTEGRATIONS.rglob("*.py")
+    }
     return files | {"ampcheck/py.typed"}
 
 
@@ -48,7 +55,7 @@ def test_the_list_of_packages_is_the_disks():
 
 
 def test_every_package_is_one():
-    for path in {path.parent for path in SOURCES} | {INTEGRATIONS}:
+    for path in {path.parent for path in (*SOURCES, *INTEGRATIONS.rglob("*.py"))}:
         assert (path / "__init__.py").is_file(), path
 
 
@@ -104,7 +111,7 @@ def test_sdist(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = {path.relative_to(ROOT).as_posix() for path in (*SOURCES, *INTEGRATIONS.glob("*.py"))}
+    expected = {path.relative_to(ROOT).as_posix() for path in (*SOURCES, *INTEGRATIONS.rglob("*.py"))}
     assert expected | {"core/py.typed", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
@@ -200,15 +207,18 @@ def imports(path, package):
                 yield from (f"{package}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*ADAPTERS, *BESIDE], ids=lambda path: path.relative_to(INTEGRATIONS).as_posix())
 def test_adapters_use_the_public_names_alone(path):
-    """No submodule of the core, and no other adapter."""
-    public = {f"ampcheck.{name}" for name in ampcheck.__all__} | {"ampcheck", f"ampcheck.integrations.{path.stem}"}
-    assert {name for name in imports(path, "ampcheck") if name.partition(".")[0] == "ampcheck"} <= public
+    """No submodule of the core, and of the integrations no other host's."""
+    public = {f"ampcheck.{name}" for name in ampcheck.__all__} | {"ampcheck"}
+    used = {name for name in imports(path, "ampcheck") if name.partition(".")[0] == "ampcheck"} - public
+    assert not [name for name in used if not name.startswith("ampcheck.integrations.")]
+    assert {name.rpartition(".")[2] for name in used} <= {path.stem}
 
 
-def test_there_are_adapters():
-    assert {path.stem for path in ADAPTERS} >= {"lightning", "mmengine", "timm", "ultralytics"}
+def test_each_adapter_has_its_fixes():
+    assert [path.stem for path in ADAPTERS] == sorted(path.stem for path in BESIDE if path.parent.name == "fixes")
+    assert {path.stem for path in BESIDE} == {path.stem for path in ADAPTERS}
 
 
 def test_core_imports_no_adapter():

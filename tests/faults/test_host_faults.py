@@ -22,13 +22,18 @@ from ampcheck import AmpChecker
 
 # What contains the faults of all others, and what a host's own attribute is replaced by.
 CONTAINS = {
-    "lightning": ("_contained.call", "AmpCheck._run_loop", "AmpCheck._train_batch", "AmpCheck._evaluate_batch"),
+    "session": (
+        *("contained.call", "Session._guarded", "Session._training_step", "Session._evaluation_step"),
+        "Session.fail",
+    ),
+    "lightning": (),
     "mmengine": ("_contained.call", "AmpCheckHook._guard.guarded", "AmpCheckHook._watch.watched"),
     "timm": ("_contained.call", "_Script._train", "_Script._validate", "_Updates._wrap.wrapper", "_Returned.__call__"),
     "ultralytics": ("_contained.call", "AmpCheck._train", "AmpCheck._val", "AmpCheck._guard"),
 }
 # A fault there costs the replay alone, or is taken for the script's own.
 DETAILS = (
+    *("failing_batch", "variables", "_instead", "_nothing"),
     *("_failing_batch", "_Fit.failing_batch", "_arguments_of_step", "_step_again", "_loss", "_alone"),
     "_dtype_of_regions",
 )
@@ -80,8 +85,9 @@ def every_point(host: str, program: Program, said: list[str], done_before: set[P
     healthy = told(tracer)
     assert healthy.faults == []
     assert same(healthy.result, plain.result)
-    ours = [point for point in tracer.points if point.file.endswith(f"{host}.py")]
-    points = [point for point in ours if point.name not in CONTAINS[host] and point not in done_before]
+    ours = [point for point in tracer.points if point.file.endswith((f"{host}.py", "session.py"))]
+    contains = (*CONTAINS["session"], *CONTAINS[host])
+    points = [point for point in ours if point.name not in contains and point not in done_before]
     assert len(ours) > 5
     done_before.update(ours)
     wrong = []
