@@ -12,10 +12,8 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from traceback import walk_tb
 from types import FrameType
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import mmengine
 import torch
@@ -27,32 +25,10 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import nn
 
-from ampcheck import AmpChecker, FindingsError, Host, Precision, backward_without_hooks
+from ampcheck import AmpChecker, Host, Precision, Session, backward_without_hooks, contained, variables
 from ampcheck.integrations.fixes.mmengine import FIXES
 
 __all__ = ["FIXES", "AmpCheckHook"]
-
-P = ParamSpec("P")
-
-
-def _contained(
-    method: Callable[Concatenate[AmpCheckHook, Any, P], None],
-) -> Callable[Concatenate[AmpCheckHook, Any, P], None]:
-    """Make an event of the hook unable to raise anything into the run but the ``FindingsError`` that was asked for."""
-
-    @functools.wraps(method)
-    def call(self: AmpCheckHook, runner: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            method(self, runner, *args, **kwargs)
-        except FindingsError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
-            self._attached = True
-            with suppress(Exception):
-                self._take_back()
-            self.checker.switch_off(error, emit=runner.logger.warning)
-
-    return call
 
 
 @HOOKS.register_module(force=True)
@@ -82,47 +58,55 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
         report: bool | str = True,
         checker: AmpChecker | None = None,
     ) -> None:
-        if checker is not None and (select, ignore, fail_on, watch_steps, report) != ((), (), "never", 1, True):
-            raise ValueError("AmpCheckHook takes either `checker` or options for one, not both")
-        self.checker = checker or AmpChecker(
-            select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report
+        self.session = Session(
+            checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report
         )
-        self._attached = False
-        self._undo: list[Callable[[], None]] = []
+        self.checker = self.session.checker
 
-    @_contained
+    @contained
     def before_run(self, runner: Any) -> None:
-        self._detach()
+        self.session.warn = runner.logger.warning
+        self.session.end()
         for kind in ("train", "val", "test"):
             loop = getattr(runner, f"_{kind}_loop", None)
             if isinstance(loop, BaseLoop):
-                self._guard(loop, runner, kind)
-                self._watch(loop, runner, kind)
+                self._watch(runner, loop, functools.partial(_failing_batch, loop, runner) if kind == "train" else None)
 
-    @_contained
+    @contained
     def before_train(self, runner: Any) -> None:
         self._attach(runner)
 
-    @_contained
+    @contained
     def before_val(self, runner: Any) -> None:
-        if not self._attached:
+        if self.session.state == "detached":
             self._attach(runner)
 
-    @_contained
+    @contained
     def before_test(self, runner: Any) -> None:
-        if not self._attached:
+        if self.session.state == "detached":
             self._attach(runner)
 
-    @_contained
+    @contained
     def after_run(self, runner: Any) -> None:
-        self._detach()
+        self.session.end()
 
-    @_contained
+    def _watch(self, runner: Any, loop: BaseLoop, find_batch: functools.partial[Any] | None) -> None:
+        """See the failures of a loop, and its first iteration. ``find_batch``: the loop trains.
+
+        It is the loop's methods that are shadowed, not the model's: the model can be pickled and copied all the while.
+        """
+        self.session.guard(loop, "run", functools.partial(self._failed, loop, find_batch))
+        if getattr(loop, "run_iter", None) is None:
+            runner.logger.warning(f"AmpCheck: {type(loop).__name__} has no run_iter, so its steps are not watched.")
+        elif find_batch is not None:
+            self.session.watch_training(loop, "run_iter", find_batch)
+        else:
+            self.session.watch_evaluation(loop, "run_iter")
+
     def _attach(self, runner: Any) -> None:
-        self._attached = True
         wrappers = _optim_wrappers(runner)
         averages = [getattr(hook, "ema_model", None) for hook in runner.hooks if isinstance(hook, EMAHook)]
-        self.checker.attach(
+        self.session.attach(
             _unwrapped(runner.model),
             precision=_declared(runner, wrappers),
             optimizers=[wrapper.optimizer for wrapper in wrappers.values()],
@@ -133,70 +117,16 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
             directory=getattr(runner, "log_dir", runner.work_dir),
         )
         if _is_compiled(runner.model):
+            self.session.unwatch()
             runner.logger.info("ampcheck  the steps are not watched: the model is compiled (`compile` in the config)")
 
-    def _detach(self) -> None:
-        self._take_back()
-        self.checker.detach()
-        self._attached = False
-
-    def _take_back(self) -> None:
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-
-    def _guard(self, loop: BaseLoop, runner: Any, kind: str) -> None:
-        """See every exception that leaves the loop."""
-        run = loop.run
-        phase = "training_step" if kind == "train" else "evaluation_step"
-
-        @functools.wraps(run)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return run(*args, **kwargs)
-            except BaseException as exc:
-                # What leaves a validation goes on through the training around it.
-                if self._attached:
-                    batch = None
-                    if kind == "train":
-                        # What the frames alone tell is worth more than nothing.
-                        with suppress(Exception):
-                            batch = _failing_batch(loop, runner, (frame for frame, _ in walk_tb(exc.__traceback__)))
-                    self.checker.diagnose(exc, phase=phase, step=getattr(loop, "iter", None), batch=batch)
-                self.after_run(runner)
-                raise
-
-        self._undo.append(_replace(loop, "run", guarded))
-
-    def _watch(self, loop: BaseLoop, runner: Any, kind: str) -> None:
-        """Probe the loop's iterations while one is left to watch.
-
-        It is the loop's method that is shadowed, not the model's: the model can be pickled and copied all the while.
-        """
-        checker, run_iter = self.checker, getattr(loop, "run_iter", None)
-        if run_iter is None:
-            runner.logger.warning(f"AmpCheck: {type(loop).__name__} has no run_iter, so its steps are not watched.")
-            return
-
-        @functools.wraps(run_iter)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if _is_compiled(runner.model):
-                self._unwatch(runner, undo)
-                return run_iter(*args, **kwargs)
-            batch = functools.partial(_failing_batch, loop, runner)
-            step = checker.training_step(batch=batch) if kind == "train" else None
-            with checker.evaluation_step(_unwrapped(runner.model)) if step is None else step:
-                outputs = run_iter(*args, **kwargs)
-            if not (checker.watching if kind == "train" else checker.watching_evaluation):
-                self._unwatch(runner, undo)
-            return outputs
-
-        undo = _replace(loop, "run_iter", watched)
-        self._undo.append(undo)
-
-    @_contained
-    def _unwatch(self, runner: Any, undo: Callable[[], None]) -> None:
-        undo()
+    @contained
+    def _failed(self, loop: BaseLoop, find_batch: functools.partial[Any] | None, error: BaseException) -> None:
+        # What leaves a validation goes on through the training around it.
+        if self.session.state == "attached":
+            phase = "evaluation_step" if find_batch is None else "training_step"
+            self.session.diagnose(error, phase=phase, step=getattr(loop, "iter", None), find_batch=find_batch)
+        self.session.end()
 
 
 def _failing_batch(loop: BaseLoop, runner: Any, frames: Iterable[FrameType]) -> Callable[[], object] | None:
@@ -211,11 +141,9 @@ def _failing_batch(loop: BaseLoop, runner: Any, frames: Iterable[FrameType]) -> 
         return None
     if not all(own.issuperset(group["params"]) for one in wrappers for group in one.optimizer.param_groups):
         return None
-    for frame in frames:
-        if frame.f_code.co_name == "run_iter":
-            names = frame.f_locals
-            if names.get("self") is loop and "data_batch" in names:
-                return functools.partial(_step_again, model, names["data_batch"], runner.optim_wrapper)
+    for held in variables(frames, "self", "data_batch", function="run_iter"):
+        if held["self"] is loop:
+            return functools.partial(_step_again, model, held["data_batch"], runner.optim_wrapper)
     return None
 
 
@@ -240,26 +168,6 @@ def _stand_in(model: nn.Module, wrapper: OptimWrapper) -> OptimWrapper:
 
     vars(stand_in).update(backward=backward, step=wrapper.optimizer.step)
     return stand_in
-
-
-_ABSENT = object()
-
-
-def _replace(owner: object, name: str, method: Callable[..., Any]) -> Callable[[], None]:
-    """Let ``method`` shadow the method of one instance. What is returned undoes that, unless somebody else has
-    replaced it since."""
-    attributes = vars(owner)
-    before = attributes.get(name, _ABSENT)
-    attributes[name] = method
-
-    def undo() -> None:
-        if attributes.get(name) is method:
-            if before is _ABSENT:
-                del attributes[name]
-            else:
-                attributes[name] = before
-
-    return undo
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ CONTAINS = {
         "Session.fail",
     ),
     "lightning": (),
-    "mmengine": ("_contained.call", "AmpCheckHook._guard.guarded", "AmpCheckHook._watch.watched"),
+    "mmengine": (),
     "timm": ("_contained.call", "_Script._train", "_Script._validate", "_Updates._wrap.wrapper", "_Returned.__call__"),
     "ultralytics": ("_contained.call", "AmpCheck._train", "AmpCheck._val", "AmpCheck._guard"),
 }
