@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from traceback import walk_tb
 from types import FrameType
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
@@ -96,10 +96,11 @@ class Session:
         self.warn = warn
         self.state: Literal["detached", "attached", "off"] = "detached"
         self._put: list[Returnable] = []
+        self._step: AbstractContextManager[object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or one in another process, has put nothing anywhere."""
-        return vars(self) | {"_put": []}
+        return vars(self) | {"_put": [], "_step": None}
 
     def attach(self, model: nn.Module, **seen: Any) -> None:
         """``AmpChecker.attach``, unless the adapter has failed in this run."""
@@ -134,6 +135,17 @@ class Session:
         """Give back the methods whose calls are steps."""
         self._unwatch(self._training_step, self._evaluation_step)
 
+    def open_step(self, step: AbstractContextManager[object]) -> None:
+        """Enter a step of the checker that ends with another event of the host."""
+        self._step = step
+        step.__enter__()
+
+    def close_step(self, error: BaseException | None = None) -> None:
+        """Leave the step that is open, if one is; ``error`` is what it died of."""
+        step, self._step = self._step, None
+        if step is not None:
+            step.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+
     def take_back(self, *things: Returnable) -> None:
         """Take these back before the end."""
         for thing in things:
@@ -160,6 +172,7 @@ class Session:
     def end(self) -> None:
         """The run is over: take everything back, and detach. May be called again, and ahead of the next run."""
         self.take_back(*reversed(self._put))
+        self._step = None
         self.checker.detach()
         self.state = "detached"
 
@@ -170,6 +183,7 @@ class Session:
             with suppress(Exception):
                 thing.give_back()
         self._put.clear()
+        self._step = None
         self.checker.switch_off(error, emit=self.warn)
         self.checker.detach()
 

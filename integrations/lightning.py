@@ -11,26 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
-
-from ampcheck import AmpChecker, Host, Precision, Session, contained
+from ampcheck import AmpChecker, Host, Session, contained
 from ampcheck.integrations.fixes.lightning import FIXES
-from ampcheck.integrations.replays.lightning import failing_batch
+from ampcheck.integrations.readers import lightning as reader
 
 __all__ = ["FIXES", "AmpCheck"]
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-
-_PRECISIONS: Mapping[str, tuple[Literal["mixed", "true"], str]] = {
-    "16-mixed": ("mixed", "float16"),
-    "bf16-mixed": ("mixed", "bfloat16"),
-    "16-true": ("true", "float16"),
-    "bf16-true": ("true", "bfloat16"),
-    "32-true": ("true", "float32"),
-    "64-true": ("true", "float64"),
-}
 
 # By stage: the loops, and what evaluates one batch.
 _STAGES: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -122,7 +109,7 @@ class AmpCheck(Callback):
             return
         if stage == "fit":
             for method in self._methods(trainer, *_TRAINING_STEPS):
-                self.session.watch_training(*method, functools.partial(failing_batch, trainer, _imported()))
+                self.session.watch_training(*method, functools.partial(reader.failing_batch, trainer, _imported()))
         for method in self._methods(trainer, evaluation_step):
             self.session.watch_evaluation(*method)
 
@@ -173,16 +160,9 @@ class AmpCheck(Callback):
         # A test that follows a fit must not write over the fit's report.
         self._fitted = self._fitted or trainer.state.fn == "fit"
         directory = _directory(trainer) if trainer.state.fn == "fit" or not self._fitted else None
-        self.session.attach(
-            trainer.lightning_module,
-            precision=_declared(trainer, package),
-            optimizers=trainer.optimizers,
-            scaler=getattr(trainer.precision_plugin, "scaler", None),
-            averaged=_averaged(trainer),
-            host=Host("lightning", package.__version__, FIXES),
-            emit=self._logger.info,
-            directory=directory,
-        )
+        host = Host("lightning", package.__version__, FIXES)
+        held = reader.held(trainer, package)
+        self.session.attach(trainer.lightning_module, host=host, emit=self._logger.info, directory=directory, **held)
 
     @contained
     def _failed(self, trainer: Trainer, error: BaseException) -> None:
@@ -191,7 +171,7 @@ class AmpCheck(Callback):
             error,
             phase="training_step" if training else "evaluation_step",
             step=trainer.global_step,
-            find_batch=functools.partial(failing_batch, trainer, _imported()) if training else None,
+            find_batch=functools.partial(reader.failing_batch, trainer, _imported()) if training else None,
         )
         self.session.end()
 
@@ -200,41 +180,6 @@ def _package_of(trainer: Trainer) -> ModuleType:
     """The Lightning package whose trainer this is."""
     packages = _imported()
     return next((package for package in packages if isinstance(trainer, package.Trainer)), packages[0])
-
-
-def _declared(trainer: Any, package: ModuleType) -> Precision:
-    """What the trainer was asked for, from its precision plugin and, where it made that one itself, its argument."""
-    plugin = trainer.precision_plugin
-    asked = str(getattr(plugin, "precision", None))
-    given = getattr(getattr(trainer, "_accelerator_connector", None), "_precision_plugin_flag", None) is plugin
-    source = f"Trainer(plugins=[{type(plugin).__name__}({asked!r})])" if given else f"Trainer(precision={asked!r})"
-    # These two cast by themselves, whatever `precision` says.
-    others = tuple(
-        getattr(package.plugins, name)
-        for name in ("DeepSpeedPrecision", "BitsandbytesPrecision")
-        if hasattr(package.plugins, name)
-    )
-    if asked not in _PRECISIONS or isinstance(plugin, others):
-        return Precision(source=source)
-    mode, dtype = _PRECISIONS[asked]
-    device_type = torch.device(getattr(plugin, "device", None) or trainer.strategy.root_device).type
-    if mode == "true":
-        return Precision(mode, device_type, dtype, source=source, explicit=given or asked != "32-true")
-    if asked == "bf16-mixed" and device_type == "cpu" and not given:
-        source += " (on a CPU Lightning makes the same of '16-mixed')"
-    scaler = getattr(plugin, "scaler", None)
-    return Precision(mode, device_type, dtype, scaler is not None and scaler.is_enabled(), source)
-
-
-def _averaged(trainer: Any) -> nn.Module | None:
-    """The averaged copy of the model that one of Lightning's averaging callbacks keeps, if one is there."""
-    for callback in trainer.callbacks:
-        copy = getattr(callback, "_average_model", None)
-        if isinstance(copy, AveragedModel):
-            return copy.module
-        if isinstance(copy, nn.Module):
-            return copy
-    return None
 
 
 def _directory(trainer: Any) -> str | None:

@@ -1,1 +1,2 @@
-"""How a host computes the loss of the failing batch once more, where that takes more than a few lines."""
+"""What an adapter reads from its host's objects, where that takes many lines: what was asked for, and the batch that
+failed."""

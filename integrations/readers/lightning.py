@@ -1,4 +1,4 @@
-"""The failing batch of a Lightning run, computed once more."""
+"""What a Lightning trainer holds and was asked for, and the loss of the failing batch, computed once more."""
 
 from __future__ import annotations
 
@@ -6,11 +6,67 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from ampcheck import backward_without_hooks, shadow, variables
+from ampcheck import Precision, backward_without_hooks, shadow, variables
+
+_PRECISIONS: Mapping[str, tuple[Literal["mixed", "true"], str]] = {
+    "16-mixed": ("mixed", "float16"),
+    "bf16-mixed": ("mixed", "bfloat16"),
+    "16-true": ("true", "float16"),
+    "bf16-true": ("true", "bfloat16"),
+    "32-true": ("true", "float32"),
+    "64-true": ("true", "float64"),
+}
+
+
+def held(trainer: Any, package: ModuleType) -> dict[str, Any]:
+    """What a trainer holds beside its module."""
+    return {
+        "precision": _declared(trainer, package),
+        "optimizers": trainer.optimizers,
+        "scaler": getattr(trainer.precision_plugin, "scaler", None),
+        "averaged": _averaged(trainer),
+    }
+
+
+def _averaged(trainer: Any) -> nn.Module | None:
+    """The averaged copy of the model that one of Lightning's averaging callbacks keeps, if one is there."""
+    for callback in trainer.callbacks:
+        copy = getattr(callback, "_average_model", None)
+        if isinstance(copy, AveragedModel):
+            return copy.module
+        if isinstance(copy, nn.Module):
+            return copy
+    return None
+
+
+def _declared(trainer: Any, package: ModuleType) -> Precision:
+    """What the trainer was asked for, from its precision plugin and, where it made that one itself, its argument."""
+    plugin = trainer.precision_plugin
+    asked = str(getattr(plugin, "precision", None))
+    given = getattr(getattr(trainer, "_accelerator_connector", None), "_precision_plugin_flag", None) is plugin
+    source = f"Trainer(plugins=[{type(plugin).__name__}({asked!r})])" if given else f"Trainer(precision={asked!r})"
+    # These two cast by themselves, whatever `precision` says.
+    others = tuple(
+        getattr(package.plugins, name)
+        for name in ("DeepSpeedPrecision", "BitsandbytesPrecision")
+        if hasattr(package.plugins, name)
+    )
+    if asked not in _PRECISIONS or isinstance(plugin, others):
+        return Precision(source=source)
+    mode, dtype = _PRECISIONS[asked]
+    device_type = torch.device(getattr(plugin, "device", None) or trainer.strategy.root_device).type
+    if mode == "true":
+        return Precision(mode, device_type, dtype, source=source, explicit=given or asked != "32-true")
+    if asked == "bf16-mixed" and device_type == "cpu" and not given:
+        source += " (on a CPU Lightning makes the same of '16-mixed')"
+    scaler = getattr(plugin, "scaler", None)
+    return Precision(mode, device_type, dtype, scaler is not None and scaler.is_enabled(), source)
 
 
 def failing_batch(

@@ -201,10 +201,12 @@ def imports(path, package):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
             # `from ampcheck import checker` is an import of a submodule as well.
-            if node.module == package:
-                yield from (f"{package}.{alias.name}" for alias in node.names)
+            of_packages = (package, *packages_on_disk())
+            if node.module not in of_packages[1:] or node.module == package:
+                yield node.module
+            if node.module in of_packages:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", [*ADAPTERS, *BESIDE], ids=lambda path: path.relative_to(INTEGRATIONS).as_posix())

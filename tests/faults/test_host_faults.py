@@ -29,12 +29,12 @@ CONTAINS = {
     "lightning": (),
     "mmengine": (),
     "timm": ("_contained.call", "_Script._train", "_Script._validate", "_Updates._wrap.wrapper", "_Returned.__call__"),
-    "ultralytics": ("_contained.call", "AmpCheck._train", "AmpCheck._val", "AmpCheck._guard"),
+    "ultralytics": ("AmpCheck._train", "AmpCheck._val", "AmpCheck._guard"),
 }
 # A fault there costs the replay alone, or is taken for the script's own.
 DETAILS = (
-    *("failing_batch", "variables", "_instead", "_nothing"),
-    *("_failing_batch", "_Fit.failing_batch", "_arguments_of_step", "_step_again", "_loss", "_alone"),
+    *("failing_batch", "_Fit.find_batch", "variables", "_instead", "_nothing"),
+    *("_failing_batch", "_arguments_of_step", "_step_again", "_loss", "_alone"),
     "_dtype_of_regions",
 )
 # Before the run: the user's own calls.
