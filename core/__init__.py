@@ -10,7 +10,7 @@ from ampcheck.precision import Precision
 from ampcheck.report import Report
 from ampcheck.rules import RULES
 from ampcheck.rules.rule import Evidence, Finding, Rule, Severity, rule
-from ampcheck.session import Session, contained, shadow, variables
+from ampcheck.session import Session, Shadow, contained, shadow, variables
 from ampcheck.trace import Host, Site, Trace
 from ampcheck.version import __version__
 
@@ -27,6 +27,7 @@ __all__ = [
     "Session",
     "Setting",
     "Severity",
+    "Shadow",
     "Site",
     "Trace",
     "__version__",

@@ -161,13 +161,17 @@ class Session:
         step: int | None = None,
         find_batch: FindBatch | None = None,
     ) -> None:
-        """``AmpChecker.diagnose``, with the failing batch that ``find_batch`` finds in the frames of ``error``."""
-        batch = None
-        if find_batch is not None:
-            # What the frames alone tell is worth more than nothing.
-            with suppress(Exception):
-                batch = find_batch(frame for frame, _ in walk_tb(error.__traceback__))
-        self.checker.diagnose(error, phase=phase, step=step, batch=batch)
+        """``AmpChecker.diagnose``, with the failing batch that ``find_batch`` finds in the frames of ``error``. Never
+        raises."""
+        try:
+            batch = None
+            if find_batch is not None:
+                # What the frames alone tell is worth more than nothing.
+                with suppress(Exception):
+                    batch = find_batch(frame for frame, _ in walk_tb(error.__traceback__))
+            self.checker.diagnose(error, phase=phase, step=step, batch=batch)
+        except Exception as fault:  # noqa: BLE001 - the user's exception stays in front
+            self.fail(fault)
 
     def end(self) -> None:
         """The run is over: take everything back, and detach. May be called again, and ahead of the next run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,15 +13,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from adapters import ADAPTERS, HOSTS, INTEGRATIONS, ROOT
 
 import ampcheck
 import ampcheck.integrations
 
-ROOT = Path(__file__).parents[2]
-CORE, INTEGRATIONS = ROOT / "core", ROOT / "integrations"
-FRAMEWORKS = ("lightning", "pytorch_lightning", "mmengine", "ultralytics", "timm")
+CORE = ROOT / "core"
 SOURCES = sorted(CORE.rglob("*.py"))
-ADAPTERS = sorted(path for path in INTEGRATIONS.glob("*.py") if path.name != "__init__.py")
 # `fixes/lightning.py`, `commands/timm.py`: what is beside an adapter is its own.
 BESIDE = sorted(path for path in INTEGRATIONS.glob("*/*.py") if path.name != "__init__.py")
 
@@ -102,7 +101,7 @@ def test_wheel(built):
         assert "ampcheck = ampcheck.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         assert f"{info}/licenses/LICENSE" in archive.namelist()
     assert "License-Expression: Apache-2.0" in metadata
-    for extra in ("lightning", "mmengine", "ultralytics", "timm", "all", "test", "dev"):
+    for extra in (*HOSTS, "all", "test", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
 
 
@@ -136,12 +135,13 @@ def state():
 before = state()
 import ampcheck
 assert state() == before, "importing changed something"
-print(*sorted({{name.partition(".")[0] for name in sys.modules}} & {frameworks!r}))
+packages = {{name.partition(".")[0] for name in sys.modules}}
+print(*sorted(name for name in packages if any(host in name for host in {hosts!r})))
 """
 
 
 def imported_with(before=""):
-    program = PROBE.format(before=before, frameworks=set(FRAMEWORKS))
+    program = PROBE.format(before=before, hosts=HOSTS)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     return run.stdout.split()
@@ -178,7 +178,7 @@ def words(tree):
 
 
 def framework_names(source):
-    return [word for word in words(ast.parse(source)) if any(name in word.lower() for name in FRAMEWORKS)]
+    return [word for word in words(ast.parse(source)) if any(name in word.lower() for name in HOSTS)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CORE)))
@@ -218,9 +218,14 @@ def test_adapters_use_the_public_names_alone(path):
     assert {name.rpartition(".")[2] for name in used} <= {path.stem}
 
 
-def test_each_adapter_has_its_fixes():
+def test_each_adapter_has_its_fixes_and_an_extra():
+    assert ADAPTERS
     assert [path.stem for path in ADAPTERS] == sorted(path.stem for path in BESIDE if path.parent.name == "fixes")
-    assert {path.stem for path in BESIDE} == {path.stem for path in ADAPTERS}
+    assert {path.stem for path in BESIDE} == {*HOSTS}
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {*HOSTS} <= extras.keys()
+    (everything,) = extras["all"]
+    assert {*HOSTS} <= {*re.findall(r"\w+", everything)}
 
 
 def test_core_imports_no_adapter():
