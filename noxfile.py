@@ -1,10 +1,15 @@
 """The tests against the oldest and the newest versions of what AmpCheck runs on.
 
-``nox`` runs all sessions, ``nox -l`` lists them, ``nox -s "lightning(2.2)"`` runs one. An interpreter that is not
+``nox`` runs all sessions, ``nox -l`` lists them, ``nox -s "lightning(oldest)"`` runs one. An interpreter that is not
 installed is skipped. With uv on the path environments are made in seconds.
+
+The hosts are those of ``integrations/``. The oldest version of one is the lower bound of its extra in
+``pyproject.toml``; what its tests need besides is its dependency group there.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import nox
 
@@ -22,7 +27,11 @@ CORE = (
 )
 PLAIN = ("tests/distributed/test_data_parallel.py", "tests/distributed/test_sharded.py")
 # The oldest PyTorch, whose wheels know no newer Python and no NumPy 2.
-OLDEST = ("torch==2.4.1", "numpy<2", "setuptools<80")
+OLDEST = ("torch==2.4.1", "torchvision==0.19.1", "numpy<2", "setuptools<80")
+
+ROOT = Path(__file__).parent
+PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+HOSTS = sorted(path.stem for path in (ROOT / "integrations").glob("*.py") if path.name != "__init__.py")
 
 
 def check(session: nox.Session, *requirements: str, tests: tuple[str, ...]) -> None:
@@ -31,8 +40,14 @@ def check(session: nox.Session, *requirements: str, tests: tuple[str, ...]) -> N
     session.run("python", "-m", "pytest", "-q", *(session.posargs or tests), env=environment)
 
 
-def of(host: str, *more: str) -> tuple[str, ...]:
-    return f"tests/hosts/test_{host}.py", f"tests/hosts/test_replay_{host}.py", *more
+def tests_of(host: str) -> tuple[str, ...]:
+    places = (f"hosts/test_{host}*.py", f"hosts/test_replay_{host}.py", f"distributed/test_{host}_*.py")
+    return tuple(str(path.relative_to(ROOT)) for place in places for path in sorted((ROOT / "tests").glob(place)))
+
+
+def needs(host: str) -> tuple[str, ...]:
+    groups = PROJECT["dependency-groups"]
+    return (*PROJECT["project"]["optional-dependencies"][host], *groups.get(host, ()))
 
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"])
@@ -47,41 +62,32 @@ def oldest(session: nox.Session) -> None:
     check(session, *OLDEST, tests=CORE + PLAIN)
 
 
-@nox.session(python="3.11")
-@nox.parametrize("version", ["2.2.0", "newest"], ids=["2.2", "newest"])
-def lightning(session: nox.Session, version: str) -> None:
-    """Both of Lightning's packages."""
-    pins = (f"lightning=={version}", f"pytorch-lightning=={version}", *OLDEST)
-    tests = of("lightning", "tests/distributed/test_lightning_ddp.py")
-    check(session, *(("lightning", "pytorch-lightning") if version == "newest" else pins), "timm", tests=tests)
+def add(host: str) -> None:
+    @nox.session(name=host, python="3.11")
+    @nox.parametrize("version", ["oldest", "newest"], ids=["oldest", "newest"])
+    def tested(session: nox.Session, version: str) -> None:
+        """The adapter, in the real trainer of its host."""
+        pinned = (*(need.replace(">=", "==") for need in needs(host)), *OLDEST)
+        check(session, *(pinned if version == "oldest" else needs(host)), tests=tests_of(host))
+
+
+for host in HOSTS:
+    add(host)
 
 
 @nox.session(python="3.11")
 def pytorch_lightning(session: nox.Session) -> None:
     """The package `pytorch_lightning` without the package `lightning`."""
-    check(session, "pytorch-lightning", "timm", tests=of("lightning"))
+    check(
+        session,
+        "pytorch-lightning",
+        "timm",
+        tests=("tests/hosts/test_lightning.py", "tests/hosts/test_replay_lightning.py"),
+    )
 
 
 @nox.session(python="3.11")
-@nox.parametrize("package", ["mmengine==0.10.0", "mmengine", "onedl-mmengine"], ids=["0.10", "newest", "onedl"])
-def mmengine(session: nox.Session, package: str) -> None:
-    """MMEngine, and the fork of it that is maintained."""
-    # The fork imports OpenCV and does not ask for it.
-    check(session, package, *(OLDEST if "==" in package else ("opencv-python-headless",)), "timm", tests=of("mmengine"))
-
-
-@nox.session(python="3.11")
-@nox.parametrize("version", ["8.2.0", "newest"], ids=["8.2", "newest"])
-def ultralytics(session: nox.Session, version: str) -> None:
-    """Ultralytics, with the launch of several processes."""
-    pins = ("ultralytics==8.2.0", "torchvision==0.19.1", *OLDEST)
-    tests = of("ultralytics", "tests/distributed/test_ultralytics_ddp.py")
-    check(session, *(("ultralytics", "cloudpickle>=3.1.1") if version == "newest" else pins), tests=tests)
-
-
-@nox.session(python="3.11")
-@nox.parametrize("version", ["0.9.0", "newest"], ids=["0.9", "newest"])
-def timm(session: nox.Session, version: str) -> None:
-    """timm, under train scripts of its own kind."""
-    pins = (f"timm=={version}", "torchvision==0.19.1", *OLDEST)
-    check(session, *(("timm",) if version == "newest" else pins), tests=of("timm", "tests/hosts/test_timm_older.py"))
+def onedl_mmengine(session: nox.Session) -> None:
+    """The fork of MMEngine that is maintained."""
+    # It imports OpenCV and does not ask for it.
+    check(session, "onedl-mmengine", "opencv-python-headless", "timm", tests=tests_of("mmengine"))

@@ -10,6 +10,7 @@ from ampcheck.precision import Precision
 from ampcheck.report import Report
 from ampcheck.rules import RULES
 from ampcheck.rules.rule import Evidence, Finding, Rule, Severity, rule
+from ampcheck.session import Session, Shadow, contained, shadow, variables
 from ampcheck.trace import Host, Site, Trace
 from ampcheck.version import __version__
 
@@ -23,20 +24,25 @@ __all__ = [
     "Precision",
     "Report",
     "Rule",
+    "Session",
     "Setting",
     "Severity",
+    "Shadow",
     "Site",
     "Trace",
     "__version__",
     "backward_without_hooks",
     "compare",
     "compare_settings",
+    "contained",
     "draw_errors",
     "plain_kernels",
     "rule",
     "run_module",
     "run_script",
+    "shadow",
     "show_exception",
     "unwrapped",
+    "variables",
     "watch",
 ]

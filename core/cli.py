@@ -218,7 +218,7 @@ def _hosts() -> list[str]:
     """The distributions that AmpCheck's extras name."""
     names = set()
     for requirement in importlib.metadata.requires("ampcheck") or ():
-        match = re.match(r"([\w.-]+)[^;]*;.*extra == [\"'](?!all|dev|test|export)([\w-]+)[\"']", requirement)
+        match = re.match(r"([\w.-]+)[^;]*;.*extra == [\"'](?!all|bench|dev|export|test)([\w-]+)[\"']", requirement)
         if match:
             names.add(match[1])
     return sorted(names)

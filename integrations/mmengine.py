@@ -12,10 +12,8 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from traceback import walk_tb
-from types import FrameType, MappingProxyType
-from typing import Any, Concatenate, ParamSpec
+from types import FrameType
+from typing import Any
 
 import mmengine
 import torch
@@ -27,81 +25,10 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import nn
 
-from ampcheck import AmpChecker, FindingsError, Host, Precision, backward_without_hooks
+from ampcheck import AmpChecker, Host, Precision, Session, backward_without_hooks, contained, variables
+from ampcheck.integrations.fixes.mmengine import FIXES
 
-FIXES = MappingProxyType(
-    {
-        "AMP101": "Set `type='AmpOptimWrapper'` in `optim_wrapper` (`--amp` of MMDetection's tools/train.py does); the "
-        "`fp16 = dict(...)` of MMCV 1.x is read by nothing. In a `train_step` of your own run the forward inside "
-        "`with optim_wrapper.optim_context(self):`.",
-        "AMP102": "Use `mmengine.runner.autocast(dtype=...)`: it opens the region for the device that MMEngine trains "
-        "on, so that `device_type` can be left out.",
-        "AMP103": "Use `mmengine.runner.autocast(dtype=...)`, which opens the region for `mmengine.device.get_device()`"
-        ", and keep the model on that device.",
-        "AMP104": "Set `dtype='float16'` or `dtype='bfloat16'` in `optim_wrapper` to the one you want; without it "
-        "`AmpOptimWrapper` takes the device's default.",
-        "AMP105": "Set `fp16=True` in `val_cfg` and `test_cfg` to evaluate under autocast too. It takes the device's "
-        "default dtype, whatever `optim_wrapper.dtype` is.",
-        "AMP106": "Keep only the forward and the losses inside `with optim_wrapper.optim_context(self):`, and call "
-        "`optim_wrapper.update_params(loss)` after it.",
-        "AMP107": "Set the other of `dtype='float16'` and `dtype='bfloat16'` in `optim_wrapper`, or "
-        "`type='OptimWrapper'` to train in float32.",
-        "AMP108": "Use `mmengine.runner.autocast` in code of your own, and the scaler of `AmpOptimWrapper`.",
-        "AMP109": "Open your own region by `mmengine.runner.autocast(cache_enabled=False)`.",
-        "AMP201": "Leave the model in float32 when the Runner is built and let `optim_wrapper = "
-        "dict(type='AmpOptimWrapper', dtype=...)` do the casting.",
-        "AMP203": "In a `train_step` of your own compute inside `with optim_wrapper.optim_context(self):`, which is "
-        "the only autocast there is; where `mmengine.runner.autocast(enabled=False)` is meant, feed it `.float()`.",
-        "AMP204": "`data_preprocessor = dict(type='ImgDataPreprocessor', ...)` hands image batches on as float32; a "
-        "transform that makes float64 of them can also cast at its end.",
-        "AMP205": "Or call it inside `with mmengine.runner.autocast(enabled=False):` on `.float()` inputs.",
-        "AMP210": "Compute this loss on `.float()` inputs inside `with mmengine.runner.autocast(enabled=False):`.",
-        "AMP211": "`EMAHook` averages in the dtypes it finds when training begins: leave the model in float32 when "
-        "the Runner is built.",
-        "AMP301": "Let `optim_wrapper` be `dict(type='AmpOptimWrapper', loss_scale='dynamic')`; "
-        "`loss_scale=dict(enabled=False)` is what turns scaling off.",
-        "AMP302": "`AmpOptimWrapper` always makes a scaler; set `loss_scale=dict(enabled=False)` in `optim_wrapper` "
-        "to switch it off.",
-        "AMP309": "Give `optim_wrapper` as a config, `dict(type=..., optimizer=dict(...))`: the Runner then builds the "
-        "optimizer from the model that it trains.",
-        "AMP401": "Where an activation writes, set `inplace=False` in the `act_cfg` of its block, "
-        "`act_cfg=dict(type='ReLU', inplace=False)`; where a neck or head says `x += y`, write `x = x + y`.",
-        "AMP404": "Where a neck or head writes to parts of what `split`, `chunk` or `unbind` gave, make new ones: "
-        "`outs[i] = outs[i] + x`.",
-        "AMP405": "In a `train_step` of your own call `optim_wrapper[...].backward(loss)` for every loss before the "
-        "first `step()`, or run the forward again after `update_params()`, which steps.",
-        "AMP407": "Set `broadcast_buffers=False` in `model_wrapper_cfg = dict(type='MMDistributedDataParallel')`; "
-        "without a `model_wrapper_cfg` the Runner does so itself.",
-        "AMP408": "`update_params(loss)` runs backward: call it once, on the sum that `parse_losses()` makes of the "
-        "losses, and let `loss()` return tensors with their graph, not `.item()` or `.detach()`.",
-        "AMP410": "Set `inplace=False` in the `act_cfg` of the block that carries the hook, "
-        "`act_cfg=dict(type='ReLU', inplace=False)`.",
-    }
-)
-"""The remedies in MMEngine's settings, by rule code."""
-
-
-P = ParamSpec("P")
-
-
-def _contained(
-    method: Callable[Concatenate[AmpCheckHook, Any, P], None],
-) -> Callable[Concatenate[AmpCheckHook, Any, P], None]:
-    """Make an event of the hook unable to raise anything into the run but the ``FindingsError`` that was asked for."""
-
-    @functools.wraps(method)
-    def call(self: AmpCheckHook, runner: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            method(self, runner, *args, **kwargs)
-        except FindingsError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
-            self._attached = True
-            with suppress(Exception):
-                self._take_back()
-            self.checker.switch_off(error, emit=runner.logger.warning)
-
-    return call
+__all__ = ["FIXES", "AmpCheckHook"]
 
 
 @HOOKS.register_module(force=True)
@@ -131,47 +58,55 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
         report: bool | str = True,
         checker: AmpChecker | None = None,
     ) -> None:
-        if checker is not None and (select, ignore, fail_on, watch_steps, report) != ((), (), "never", 1, True):
-            raise ValueError("AmpCheckHook takes either `checker` or options for one, not both")
-        self.checker = checker or AmpChecker(
-            select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report
+        self.session = Session(
+            checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report
         )
-        self._attached = False
-        self._undo: list[Callable[[], None]] = []
+        self.checker = self.session.checker
 
-    @_contained
+    @contained
     def before_run(self, runner: Any) -> None:
-        self._detach()
+        self.session.warn = runner.logger.warning
+        self.session.end()
         for kind in ("train", "val", "test"):
             loop = getattr(runner, f"_{kind}_loop", None)
             if isinstance(loop, BaseLoop):
-                self._guard(loop, runner, kind)
-                self._watch(loop, runner, kind)
+                self._watch(runner, loop, functools.partial(_failing_batch, loop, runner) if kind == "train" else None)
 
-    @_contained
+    @contained
     def before_train(self, runner: Any) -> None:
         self._attach(runner)
 
-    @_contained
+    @contained
     def before_val(self, runner: Any) -> None:
-        if not self._attached:
+        if self.session.state == "detached":
             self._attach(runner)
 
-    @_contained
+    @contained
     def before_test(self, runner: Any) -> None:
-        if not self._attached:
+        if self.session.state == "detached":
             self._attach(runner)
 
-    @_contained
+    @contained
     def after_run(self, runner: Any) -> None:
-        self._detach()
+        self.session.end()
 
-    @_contained
+    def _watch(self, runner: Any, loop: BaseLoop, find_batch: functools.partial[Any] | None) -> None:
+        """See the failures of a loop, and its first iteration. ``find_batch``: the loop trains.
+
+        It is the loop's methods that are shadowed, not the model's: the model can be pickled and copied all the while.
+        """
+        self.session.guard(loop, "run", functools.partial(self._failed, loop, find_batch))
+        if getattr(loop, "run_iter", None) is None:
+            runner.logger.warning(f"AmpCheck: {type(loop).__name__} has no run_iter, so its steps are not watched.")
+        elif find_batch is not None:
+            self.session.watch_training(loop, "run_iter", find_batch)
+        else:
+            self.session.watch_evaluation(loop, "run_iter")
+
     def _attach(self, runner: Any) -> None:
-        self._attached = True
         wrappers = _optim_wrappers(runner)
         averages = [getattr(hook, "ema_model", None) for hook in runner.hooks if isinstance(hook, EMAHook)]
-        self.checker.attach(
+        self.session.attach(
             _unwrapped(runner.model),
             precision=_declared(runner, wrappers),
             optimizers=[wrapper.optimizer for wrapper in wrappers.values()],
@@ -182,70 +117,16 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
             directory=getattr(runner, "log_dir", runner.work_dir),
         )
         if _is_compiled(runner.model):
+            self.session.unwatch()
             runner.logger.info("ampcheck  the steps are not watched: the model is compiled (`compile` in the config)")
 
-    def _detach(self) -> None:
-        self._take_back()
-        self.checker.detach()
-        self._attached = False
-
-    def _take_back(self) -> None:
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-
-    def _guard(self, loop: BaseLoop, runner: Any, kind: str) -> None:
-        """See every exception that leaves the loop."""
-        run = loop.run
-        phase = "training_step" if kind == "train" else "evaluation_step"
-
-        @functools.wraps(run)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return run(*args, **kwargs)
-            except BaseException as exc:
-                # What leaves a validation goes on through the training around it.
-                if self._attached:
-                    batch = None
-                    if kind == "train":
-                        # What the frames alone tell is worth more than nothing.
-                        with suppress(Exception):
-                            batch = _failing_batch(loop, runner, (frame for frame, _ in walk_tb(exc.__traceback__)))
-                    self.checker.diagnose(exc, phase=phase, step=getattr(loop, "iter", None), batch=batch)
-                self.after_run(runner)
-                raise
-
-        self._undo.append(_replace(loop, "run", guarded))
-
-    def _watch(self, loop: BaseLoop, runner: Any, kind: str) -> None:
-        """Probe the loop's iterations while one is left to watch.
-
-        It is the loop's method that is shadowed, not the model's: the model can be pickled and copied all the while.
-        """
-        checker, run_iter = self.checker, getattr(loop, "run_iter", None)
-        if run_iter is None:
-            runner.logger.warning(f"AmpCheck: {type(loop).__name__} has no run_iter, so its steps are not watched.")
-            return
-
-        @functools.wraps(run_iter)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if _is_compiled(runner.model):
-                self._unwatch(runner, undo)
-                return run_iter(*args, **kwargs)
-            batch = functools.partial(_failing_batch, loop, runner)
-            step = checker.training_step(batch=batch) if kind == "train" else None
-            with checker.evaluation_step(_unwrapped(runner.model)) if step is None else step:
-                outputs = run_iter(*args, **kwargs)
-            if not (checker.watching if kind == "train" else checker.watching_evaluation):
-                self._unwatch(runner, undo)
-            return outputs
-
-        undo = _replace(loop, "run_iter", watched)
-        self._undo.append(undo)
-
-    @_contained
-    def _unwatch(self, runner: Any, undo: Callable[[], None]) -> None:
-        undo()
+    @contained
+    def _failed(self, loop: BaseLoop, find_batch: functools.partial[Any] | None, error: BaseException) -> None:
+        # What leaves a validation goes on through the training around it.
+        if self.session.state == "attached":
+            phase = "evaluation_step" if find_batch is None else "training_step"
+            self.session.diagnose(error, phase=phase, step=getattr(loop, "iter", None), find_batch=find_batch)
+        self.session.end()
 
 
 def _failing_batch(loop: BaseLoop, runner: Any, frames: Iterable[FrameType]) -> Callable[[], object] | None:
@@ -260,11 +141,9 @@ def _failing_batch(loop: BaseLoop, runner: Any, frames: Iterable[FrameType]) -> 
         return None
     if not all(own.issuperset(group["params"]) for one in wrappers for group in one.optimizer.param_groups):
         return None
-    for frame in frames:
-        if frame.f_code.co_name == "run_iter":
-            names = frame.f_locals
-            if names.get("self") is loop and "data_batch" in names:
-                return functools.partial(_step_again, model, names["data_batch"], runner.optim_wrapper)
+    for held in variables(frames, "self", "data_batch", function="run_iter"):
+        if held["self"] is loop:
+            return functools.partial(_step_again, model, held["data_batch"], runner.optim_wrapper)
     return None
 
 
@@ -289,26 +168,6 @@ def _stand_in(model: nn.Module, wrapper: OptimWrapper) -> OptimWrapper:
 
     vars(stand_in).update(backward=backward, step=wrapper.optimizer.step)
     return stand_in
-
-
-_ABSENT = object()
-
-
-def _replace(owner: object, name: str, method: Callable[..., Any]) -> Callable[[], None]:
-    """Let ``method`` shadow the method of one instance. What is returned undoes that, unless somebody else has
-    replaced it since."""
-    attributes = vars(owner)
-    before = attributes.get(name, _ABSENT)
-    attributes[name] = method
-
-    def undo() -> None:
-        if attributes.get(name) is method:
-            if before is _ABSENT:
-                del attributes[name]
-            else:
-                attributes[name] = before
-
-    return undo
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

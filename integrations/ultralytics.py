@@ -1,116 +1,35 @@
-"""AmpCheck in Ultralytics: ``AmpCheck().attach(model)`` before ``model.train(...)``, or its ``callbacks``; and
+"""AmpCheck in Ultralytics: ``AmpCheck().attach(model)`` before ``model.train(...)``, or its ``callbacks``; and in
+place of the ``yolo`` command
 
     python -m ampcheck.integrations.ultralytics detect train model=yolo11n.yaml data=coco8.yaml
-
-in place of the ``yolo`` command.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import ultralytics
-from ultralytics.cfg import entrypoint, get_cfg
 from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, dist, torch_utils
+from ultralytics.utils import LOGGER
 
-from ampcheck import AmpChecker, FindingsError, Host, Precision, compare
+from ampcheck import AmpChecker, Host, Session, contained, shadow
+from ampcheck.integrations.exports.ultralytics import report_export
+from ampcheck.integrations.fixes.ultralytics import FIXES
+from ampcheck.integrations.readers import ultralytics as reader
+
+__all__ = ["FIXES", "AmpCheck"]
 
 Run = TypeVar("Run")
 Callback = Callable[[Any], None]
-
-
-def _names_dtypes() -> bool:
-    """Whether ``amp=`` takes the names of dtypes, and therefore not every text. Older versions take any text, or
-    none."""
-    try:
-        get_cfg(overrides={"amp": "no dtype"})
-    except (TypeError, ValueError) as refused:
-        return isinstance(refused, ValueError)
-    return False
-
-
-_NAMES_DTYPES = _names_dtypes()
-_HANDS_ON_CALLBACKS = "callbacks" in dist.generate_ddp_file.__code__.co_names
-_IN_PLACE = "inplace" in torch_utils.initialize_weights.__code__.co_names
-
-FIXES: Mapping[str, str] = {
-    "AMP101": "Ultralytics uses AMP only on an accelerator that passes its AMP check (log lines that begin with "
-    "`AMP:`): train on one (`device=0`), or say `amp=False` if float32 is what you want.",
-    "AMP102": "`torch.autocast` takes `device_type=`; the helper that takes `device=` is "
-    "`ultralytics.utils.torch_utils.autocast(enabled, device='cuda')`.",
-    "AMP103": "Open regions of your own for `batch['img'].device.type`: Ultralytics moves the model to `device=`.",
-    "AMP104": "Ask for the dtype by name: `amp='bf16'` or `amp='fp16'`."
-    if _NAMES_DTYPES
-    else "This version has no setting for the dtype: `amp=True` takes torch's default for the device.",
-    "AMP105": "Ultralytics validates in torch's default autocast dtype for the device whenever AMP is on (float16 on "
-    + ("CUDA, also with `amp='bf16'`)" if _NAMES_DTYPES else "CUDA)")
-    + "; `amp=False` trains and validates in float32.",
-    "AMP107": "Train with `amp=False`" + (" or, on a GPU, with `amp='fp16'`." if _NAMES_DTYPES else "."),
-    "AMP108": "Where the line is Ultralytics' own, an update of Ultralytics replaces it.",
-    "AMP201": "Do not call `.half()` on the model that trains; `YOLO('last.pt')` loads a checkpoint, which is saved in "
-    "float16, as float32.",
-    "AMP202": "Load weights with `YOLO('last.pt')` or `model.load('last.pt')`: both convert checkpoints to float32.",
-    "AMP203": "Model and loss run in the trainer's autocast region; `amp=False` runs both in float32.",
-    "AMP205": "Or train with `amp=False`, under which a module of your own gets float32 alone.",
-    "AMP211": "`trainer.ema.ema` is made in float32 from a float32 model: do not call `.half()` on either; "
-    "`trainer.save_model()` converts a copy.",
-    "AMP301": "Keep the `trainer.scaler` that Ultralytics makes"
-    + (", or train with `amp='bf16'`, which needs none." if _NAMES_DTYPES else "."),
-    "AMP302": ("`amp='bf16'` switches `trainer.scaler` off" if _NAMES_DTYPES else "`amp=False` switches it off")
-    + ": do not replace it in a callback or a trainer of your own.",
-    "AMP309": "Build the optimizer in `trainer.build_optimizer(model, ...)` from the model that it is given.",
-    "AMP401": "A layer of the yaml hands the same tensor to every layer that names it in its `from`: a module of your "
-    "own must not write to its input. For dropout in a classification model give it an `nn.Dropout()`: `dropout=` sets "
-    "its `p`.",
-    "AMP403": "Ultralytics makes all floating-point parameters require grad but those that `freeze=` names: keep what "
-    "a module of your own writes itself in a buffer.",
-    "AMP404": "Inside `C2f` and its kin the blocks get `chunk` views: a block of your own must not write to its input.",
-    "AMP405": "Leave the step to `trainer.optimizer_step()`, which runs after backward; an optimizer of your own may "
-    "step in the event `on_train_batch_end`.",
-    "AMP406": "Validation and prediction run under `torch.inference_mode()`: what a module of your own keeps from them "
-    "(a cached grid, say) is to be made anew, or cloned, when `self.training`.",
-    "AMP408": "Ultralytics runs backward itself, once a batch, on the first of the two values that `model.loss(batch)` "
-    "returns: return that with its graph, and detach only the second.",
-    "AMP410": (
-        "Ultralytics makes the activations of its models in place: set `inplace = False` on the `act` next to the hook."
-        if _IN_PLACE
-        else "`act` of an Ultralytics `Conv` is out of place by default; one that `activation:` in the yaml names "
-        "need not be."
-    ),
-}
-"""Remedies in Ultralytics' words, by rule code."""
-
-
-P = ParamSpec("P")
-
-
-def _contained(callback: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
-    """Make a method unable to end training by a fault of AmpCheck's own, such as an attribute that a version of
-    Ultralytics lacks."""
-
-    @functools.wraps(callback)
-    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            callback(self, *args, **kwargs)
-        except FindingsError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is not the user's
-            self._checker.switch_off(error)
-
-    return call
 
 
 class AmpCheck:
@@ -147,16 +66,10 @@ class AmpCheck:
         compare_export: bool = False,
         checker: AmpChecker | None = None,
     ) -> None:
-        options: dict[str, Any] = {"select": select, "ignore": ignore, "fail_on": fail_on}
-        options |= {"watch_steps": watch_steps, "report": report}
-        defaults = AmpCheck.__init__.__kwdefaults__ or {}
-        given = [name for name, value in options.items() if value != defaults[name]]
-        if checker is not None and given:
-            raise ValueError(f"AmpCheck takes {', '.join(given)} or a checker, not both")
-        self._checker = checker or AmpChecker(**options)
-        options = self._checker.options
-        self._judging = {name: options[name] for name in ("select", "ignore", "fail_on")}
-        self._writes = options["report"] is not False
+        self.session = Session(
+            checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report
+        )
+        self.session.warn = LOGGER.warning
         self._compare_export = compare_export
         self._amp_given = False
         self._guarded = False
@@ -181,10 +94,8 @@ class AmpCheck:
                 return run
             run.add_callback(event, function)
         for name, guard in (("train", self._train), ("val", self._val)):
-            method = getattr(run, name, None)
-            if method is not None:
-                # Not a closure: a copy of the model must train the copy.
-                setattr(run, name, functools.update_wrapper(functools.partial(guard, run, method), method))
+            if hasattr(run, name):
+                shadow(run, name, guard, run)
         return run
 
     def _train(self, run: Any, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -199,22 +110,15 @@ class AmpCheck:
         self._say_if_elsewhere()
         return trained
 
-    @_contained
+    @contained
     def _say_if_elsewhere(self) -> None:
-        if not self._started and not _HANDS_ON_CALLBACKS:
-            LOGGER.warning(
-                f"AmpCheck: nothing was watched: Ultralytics {ultralytics.__version__} trains on several devices in "
-                "processes that it starts anew, and hands them no callbacks. Started with `torchrun --nproc-per-node "
-                "N`, with the same `device=`, this program trains in watched processes."
-            )
+        if not self._started and not reader.HANDS_ON_CALLBACKS:
+            LOGGER.warning(reader.NOTHING_WATCHED)
 
     def _val(self, run: Any, val: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._fit is not None or not isinstance(run.model, torch.nn.Module):
             return val(*args, **kwargs)
-
-        def begin(validator: Any) -> None:
-            self._attach(run.model, directory=getattr(validator, "save_dir", None))
-
+        begin = functools.partial(self._val_start, run.model)
         callbacks = run.callbacks
         callbacks["on_val_start"] = [*callbacks["on_val_start"], begin]
         try:
@@ -235,271 +139,110 @@ class AmpCheck:
             self._guarded = guarded
             self._end(None, phase)
 
-    @_contained
-    def _attach(self, model: torch.nn.Module, /, **seen: Any) -> None:
-        host = Host("ultralytics", ultralytics.__version__, FIXES)
-        self._checker.attach(model, host=host, emit=self._say, **seen)
+    def _attach(self, model: torch.nn.Module, **seen: Any) -> None:
+        self.session.attach(model, host=Host("ultralytics", ultralytics.__version__, FIXES), emit=self._say, **seen)
 
     def _say(self, text: str) -> None:
         # Progress bars leave the cursor in the middle of a line.
         LOGGER.info(f"\n{text}" if self._fit is not None and self._fit.ends_line() else text)
 
-    @_contained
+    @contained
     def _fit_start(self, trainer: Any) -> None:
         self._started = True
-        ema = getattr(trainer, "ema", None)
-        optimizer = getattr(trainer, "optimizer", None)
-        self._attach(
-            trainer.model,
-            precision=_declared(trainer, self._amp_given),
-            optimizers=[] if optimizer is None else [optimizer],
-            scaler=getattr(trainer, "scaler", None),
-            averaged=getattr(ema, "ema", None),
-            directory=getattr(trainer, "save_dir", None),
-        )
-        if self._guarded or _tears_down_after_failure(trainer):
-            self._fit = _Fit(self._checker, trainer)
+        self._attach(trainer.model, **reader.held(trainer, self._amp_given))
+        if self._guarded or reader.tears_down_after_failure(trainer):
+            self._fit = _Fit(self.session, trainer)
         else:
-            LOGGER.warning(
-                f"AmpCheck: Ultralytics {ultralytics.__version__} runs no callback after a failure, so that no step "
-                "is watched; `AmpCheck().attach(model)` in place of its callbacks watches them."
-            )
+            LOGGER.warning(reader.NO_STEP_WATCHED)
 
-    @_contained
+    @contained
     def _teardown(self, trainer: Any) -> None:
-        fit = self._fit
-        self._end(fit.failure(sys.exc_info()[1]) if fit else None, "training_step")
+        error = sys.exc_info()[1]
+        # One that was in flight before is no failure: somebody trains in an `except` block.
+        self._end(error if self._fit is not None and error is not self._fit.handled else None, "training_step")
+
+    @contained
+    def _val_start(self, model: torch.nn.Module, validator: Any) -> None:
+        self._attach(model, directory=getattr(validator, "save_dir", None))
 
     def _export_end(self, exporter: Any) -> None:
-        try:
-            file, model, images = _exported(exporter)
-            if file is None:
-                return
-            dynamic = None if getattr(exporter.args, "dynamic", False) else False
-            reached = None
-            try:
-                # The exporter has just written it.
-                report = compare(model, file, images, dynamic_batch=dynamic, trusted=True, **self._judging)
-            except FindingsError as error:
-                reached, report = error, error.report
-            LOGGER.info(f"\n{report}")
-            if self._writes:
-                report.write(f"{file}.ampcheck.json")
-        except Exception as error:  # noqa: BLE001 - the file is written, and good or bad without us
-            LOGGER.warning(f"AmpCheck (AMP900): the export was not compared: {type(error).__name__}: {error}")
-            return
-        if reached is not None:
-            raise reached
+        report_export(exporter, **self.session.checker.options)
 
-    @_contained
+    @contained
     def _end(self, error: BaseException | None, phase: str) -> None:
         fit, self._fit = self._fit, None
         if error is not None:
-            batch = None
-            if fit is not None:
-                phase = fit.phase
-                # What the frames alone tell is worth more than nothing.
-                with suppress(Exception):
-                    batch = fit.failing_batch(frame for frame, _ in traceback.walk_tb(error.__traceback__))
-            self._checker.diagnose(error, phase=phase, batch=batch)
-        if fit is not None:
-            fit.close()
-        self._checker.detach()
+            phase, find_batch = (fit.phase, fit.find_batch) if fit is not None else (phase, None)
+            self.session.diagnose(error, phase=phase, find_batch=find_batch)
+        self.session.end()
 
 
 class _Fit:
-    """One training run: its trainer, and the watched batch that is open.
+    """One training run. The callbacks of a batch are taken back as soon as nothing is left to watch; lists of callbacks
+    are replaced, not edited, because Ultralytics is iterating over them."""
 
-    The callbacks of a batch are taken back as soon as nothing is left to watch. Lists of callbacks are replaced and
-    not edited, because Ultralytics is iterating over them.
-    """
-
-    def __init__(self, checker: AmpChecker, trainer: Any) -> None:
+    def __init__(self, session: Session, trainer: Any) -> None:
+        self.session = session
         self.phase = "training_step"
-        self._checker = checker
+        self.handled = sys.exc_info()[1]
         self._trainer = trainer
-        self._handled = sys.exc_info()[1]
-        self._open: AbstractContextManager[object] | None = None
         self._in_line = False
-        self._training = {"on_train_batch_start": self._train_batch_start, "on_train_batch_end": self._batch_end}
-        self._evaluation = {"on_val_batch_start": self._val_batch_start, "on_val_batch_end": self._batch_end}
-        self._epochs = {"on_train_epoch_start": self._epoch_start, "on_train_epoch_end": self._epoch_end}
-        for events in (self._training, self._evaluation, self._epochs):
-            self._add(events)
+        session.put(self)
+        for event, function in self._callbacks():
+            trainer.callbacks[event] = [*trainer.callbacks.get(event, ()), function]
 
-    def failure(self, error: BaseException | None) -> BaseException | None:
-        """``error`` unless it was in flight before training began: somebody trains in an ``except`` block."""
-        return None if error is self._handled else error
+    def _callbacks(self, beginning: str = "on_") -> list[tuple[str, Callback]]:
+        return [(name, getattr(self, name)) for name in dir(self) if name.startswith(beginning)]
 
-    def failing_batch(self, frames: Iterable[FrameType]) -> Callable[[], object] | None:
-        """Computes the loss of the batch in these frames as the trainer does; ``None`` where no training batch is."""
-        found = {frame.f_code.co_name: frame for frame in frames}
-        names = found.keys()
-        if self.phase != "training_step" or "_do_train" not in names:
-            return None
-        batch = found["_do_train"].f_locals.get("batch")
-        if not isinstance(batch, dict):
-            return None
-        return functools.partial(_loss, self._trainer, batch, raw="preprocess_batch" in names)
+    def give_back(self, beginning: str = "on_") -> None:
+        callbacks = self._trainer.callbacks
+        for event, function in self._callbacks(beginning):
+            callbacks[event] = [other for other in callbacks.get(event, ()) if other != function]
+
+    def find_batch(self, frames: Iterable[FrameType]) -> Callable[[], object] | None:
+        return reader.failing_batch(self._trainer, frames) if self.phase == "training_step" else None
 
     def ends_line(self) -> bool:
         """Whether this is the first message since a batch was entered."""
         in_line, self._in_line = self._in_line, False
         return in_line
 
-    def close(self) -> None:
-        """Take all callbacks back."""
-        for events in (self._training, self._evaluation, self._epochs):
-            self._remove(events)
-
-    def _add(self, events: Mapping[str, Callback]) -> None:
-        callbacks = self._trainer.callbacks
-        for event, function in events.items():
-            callbacks[event] = [*callbacks.get(event, ()), function]
-
-    def _remove(self, events: Mapping[str, Callback]) -> None:
-        callbacks = self._trainer.callbacks
-        for event, function in events.items():
-            callbacks[event] = [other for other in callbacks.get(event, ()) if other != function]
-
-    def _enter(self, step: AbstractContextManager[object]) -> None:
-        step.__enter__()
-        self._open, self._in_line = step, True
-
-    def _leave(self, error: BaseException | None = None) -> None:
-        step, self._open = self._open, None
-        if step is not None:
-            step.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
-
-    @_contained
-    def _epoch_start(self, trainer: Any) -> None:
+    @contained
+    def on_train_epoch_start(self, trainer: Any) -> None:
         self.phase = "training_step"
 
-    @_contained
-    def _epoch_end(self, trainer: Any) -> None:
-        self._leave()
+    @contained
+    def on_train_epoch_end(self, trainer: Any) -> None:
+        self.session.close_step()
         self.phase = "evaluation_step"
 
-    @_contained
-    def _train_batch_start(self, trainer: Any) -> None:
+    @contained
+    def on_train_batch_start(self, trainer: Any) -> None:
         # A batch that ran out of memory is tried again with fewer images, and its end was never reached.
-        self._leave(GeneratorExit())
-        self._enter(self._checker.training_step(batch=self.failing_batch))
+        self.session.close_step(GeneratorExit())
+        self._in_line = True
+        self.session.open_step(self.session.checker.training_step(batch=self.find_batch))
 
-    @_contained
-    def _val_batch_start(self, validator: Any) -> None:
+    @contained
+    def on_val_batch_start(self, validator: Any) -> None:
         # The evaluation after the last epoch is of a checkpoint, not of the model that trains.
         if validator.training:
+            self._in_line = True
             ema = getattr(self._trainer, "ema", None)
-            self._enter(self._checker.evaluation_step(getattr(ema, "ema", None)))
+            self.session.open_step(self.session.checker.evaluation_step(getattr(ema, "ema", None)))
 
-    @_contained
-    def _batch_end(self, _: Any) -> None:
-        self._leave()
-        if not self._checker.watching:
-            self._remove(self._training)
-        if not self._checker.watching_evaluation:
-            self._remove(self._evaluation)
+    @contained
+    def on_train_batch_end(self, _: Any) -> None:
+        self.session.close_step()
+        if not self.session.checker.watching:
+            self.give_back("on_train_batch")
+        if not self.session.checker.watching_evaluation:
+            self.give_back("on_val_batch")
 
-
-def _loss(trainer: Any, batch: Mapping[str, Any], raw: bool) -> object:
-    """The loss of a batch as `BaseTrainer._do_train` computes it; ``raw``: the batch is still to be preprocessed."""
-    unwrap = getattr(torch_utils, "unwrap_model", None) or getattr(torch_utils, "de_parallel")  # noqa: B009
-    dtype = torch.bfloat16 if trainer.args.amp == "bf16" else None
-    with torch.autocast(trainer.device.type, dtype, enabled=bool(trainer.amp)):
-        batch = dict(batch)
-        return unwrap(trainer.model)(trainer.preprocess_batch(batch) if raw else batch)[0].sum()
-
-
-def _exported(exporter: Any) -> tuple[Path | None, torch.nn.Module, torch.Tensor]:
-    """The file that an exporter wrote (``None``: one that is not to be compared), the model that is in it, which is
-    the exporter's own copy, fused and with its head in export mode, and the images it was traced with."""
-    model, images, args = exporter.model, exporter.im, exporter.args
-    suffix = {"torchscript": ".torchscript", "onnx": ".onnx"}.get(str(args.format).lower())
-    if suffix is None:
-        return None, model, images
-    if getattr(args, "quantize", None) not in (None, 16, 32):
-        LOGGER.info("AmpCheck: an export to integers computes something else on purpose, and is not compared.")
-        return None, model, images
-    if getattr(args, "nms", False):
-        from ultralytics.engine import exporter as engine
-
-        # Older versions have suppression in CoreML files alone.
-        wrapper: Any = getattr(engine, "NMSModel", None)
-        model = model if wrapper is None else wrapper(model, args).eval()
-    return exporter.file.with_suffix(suffix), model, images
-
-
-def _declared(trainer: Any, given: bool) -> Precision:
-    """What ``amp=`` asks for. ``True`` is torch's default dtype for an accelerator, and names none for a CPU, where
-    Ultralytics has no AMP. Validation is in that default whatever the dtype of training."""
-    asked = getattr(trainer.args, "amp", None)
-    device_type = trainer.device.type
-    if asked is None:
-        return Precision(device_type=device_type)
-    accelerated = device_type != "cpu" and torch.amp.is_autocast_available(device_type)
-    default = str(torch.get_autocast_dtype(device_type)).removeprefix("torch.") if accelerated else None
-    dtype = {"fp32": "float32", False: "float32", "fp16": "float16", "bf16": "bfloat16", True: default}.get(asked)
-    explicit = given or asked != DEFAULT_CFG_DICT.get("amp")
-    return Precision(
-        mode="true" if dtype == "float32" else "mixed",
-        device_type=device_type,
-        dtype=dtype,
-        scaler=dtype == "float16" if dtype else None,
-        source=f"amp={asked!r}" if explicit else f"Ultralytics' default amp={asked!r}",
-        evaluation_dtype=default if getattr(trainer, "amp", False) and default else "float32",
-        explicit=explicit,
-    )
-
-
-def _tears_down_after_failure(trainer: Any) -> bool:
-    """Whether `train` itself runs the ``teardown`` event, in a ``finally``; older versions do so where training ends
-    well."""
-    trains = (vars(cls).get("train") for cls in type(trainer).__mro__)
-    return any("teardown" in getattr(getattr(train, "__code__", None), "co_consts", ()) for train in trains)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The ``yolo`` command with every model that it makes checked. Options of AmpCheck come before its arguments.
-
-    Exits with status 3 where a finding reaches ``--fail-on``, and 2 for bad options.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m ampcheck.integrations.ultralytics", add_help=False, allow_abbrev=False
-    )
-    for option in ("--select", "--ignore"):
-        parser.add_argument(option, default=(), metavar="CODES")
-    parser.add_argument("--fail-on", default="never")
-    parser.add_argument("--watch-steps", default=1, type=int, metavar="N")
-    parser.add_argument("--report", default=True, metavar="FILE")
-    parser.add_argument("--compare-export", action="store_true")
-    options, rest = parser.parse_known_args(arguments)
-    try:
-        check = AmpCheck(**vars(options))
-    except ValueError as error:
-        parser.error(str(error))
-
-    model: Any = Model
-    make = model.__init__
-
-    @functools.wraps(make)
-    def make_checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        check.attach(self)
-
-    # The command makes its model and trains it in one call.
-    model.__init__ = make_checked
-    sys.argv[1:] = rest
-    try:
-        entrypoint()
-    except FindingsError as error:
-        parser.exit(3, f"ampcheck: {error}\n")
-    finally:
-        model.__init__ = make
+    on_val_batch_end = on_train_batch_end
 
 
 if __name__ == "__main__":
-    # Training on several GPUs pickles the callbacks, and `__main__` is another module there.
-    from ampcheck.integrations.ultralytics import main as checked_yolo
+    from ampcheck.integrations.commands.ultralytics import main
 
-    checked_yolo()
+    main()

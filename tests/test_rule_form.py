@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from adapters import HOSTS
 
 import ampcheck.rules
 from ampcheck.rules import RULES
@@ -16,7 +17,6 @@ from ampcheck.rules.rule import Rule
 from ampcheck.trace import Trace
 
 SECTIONS = ["What it does", "Why is this bad?", "Example", "Use instead", "References"]
-HOSTS = ("lightning", "mmengine", "ultralytics", "timm")
 WRONG_ADVICE = ("inplace=False", "downgrade", "fp16 = None", "autocast(device=", "amp.autocast(device_type")
 FOLDER = Path(ampcheck.rules.__file__).parent
 # What a rule is, and how rules are judged, lie beside them.

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from adapters import HOSTS
 
 import ampcheck
 from ampcheck.cli import main
@@ -430,7 +431,7 @@ def test_doctor(run):
     assert told.status == 0
     assert torch.__version__ in told.out
     assert re.search(r"ampcheck\s+\d", told.out)
-    assert {"lightning", "mmengine", "timm", "ultralytics"} <= set(re.findall(r"^\s*(\S+)", told.out, re.MULTILINE))
+    assert {*HOSTS} <= set(re.findall(r"^\s*(\S+)", told.out, re.MULTILINE))
 
 
 def test_help_and_no_arguments(run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,15 +13,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from adapters import ADAPTERS, HOSTS, INTEGRATIONS, ROOT
 
 import ampcheck
 import ampcheck.integrations
 
-ROOT = Path(__file__).parents[2]
-CORE, INTEGRATIONS = ROOT / "core", ROOT / "integrations"
-FRAMEWORKS = ("lightning", "pytorch_lightning", "mmengine", "ultralytics", "timm")
+CORE = ROOT / "core"
 SOURCES = sorted(CORE.rglob("*.py"))
-ADAPTERS = sorted(path for path in INTEGRATIONS.glob("*.py") if path.name != "__init__.py")
+# `fixes/lightning.py`, `commands/timm.py`: what is beside an adapter is its own.
+BESIDE = sorted(path for path in INTEGRATIONS.glob("*/*.py") if path.name != "__init__.py")
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,13 +34,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def packages_on_disk():
     """The packages that hold Python files, by the names they are imported by."""
     core = {".".join(("ampcheck", *path.parent.relative_to(CORE).parts)) for path in SOURCES}
-    return core | {"ampcheck.integrations"}
+    return core | {
+        ".".join(("ampcheck.integrations", *path.parent.relative_to(INTEGRATIONS).parts))
+        for path in INTEGRATIONS.rglob("*.py")
+    }
 
 
 def shipped():
     """The files that a wheel must hold."""
     files = {f"ampcheck/{path.relative_to(CORE).as_posix()}" for path in SOURCES}
-    files |= {f"ampcheck/integrations/{path.name}" for path in INTEGRATIONS.glob("*.py")}
+    files |= {
+        f"ampcheck/integrations/{path.relative_to(INTEGRATIONS).as_posix()}" for path in INTEGRATIONS.rglob("*.py")
+    }
     return files | {"ampcheck/py.typed"}
 
 
@@ -48,7 +54,7 @@ def test_the_list_of_packages_is_the_disks():
 
 
 def test_every_package_is_one():
-    for path in {path.parent for path in SOURCES} | {INTEGRATIONS}:
+    for path in {path.parent for path in (*SOURCES, *INTEGRATIONS.rglob("*.py"))}:
         assert (path / "__init__.py").is_file(), path
 
 
@@ -95,7 +101,7 @@ def test_wheel(built):
         assert "ampcheck = ampcheck.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         assert f"{info}/licenses/LICENSE" in archive.namelist()
     assert "License-Expression: Apache-2.0" in metadata
-    for extra in ("lightning", "mmengine", "ultralytics", "timm", "all", "test", "dev"):
+    for extra in (*HOSTS, "all", "test", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
 
 
@@ -104,7 +110,7 @@ def test_sdist(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = {path.relative_to(ROOT).as_posix() for path in (*SOURCES, *INTEGRATIONS.glob("*.py"))}
+    expected = {path.relative_to(ROOT).as_posix() for path in (*SOURCES, *INTEGRATIONS.rglob("*.py"))}
     assert expected | {"core/py.typed", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
@@ -129,12 +135,13 @@ def state():
 before = state()
 import ampcheck
 assert state() == before, "importing changed something"
-print(*sorted({{name.partition(".")[0] for name in sys.modules}} & {frameworks!r}))
+packages = {{name.partition(".")[0] for name in sys.modules}}
+print(*sorted(name for name in packages if any(host in name for host in {hosts!r})))
 """
 
 
 def imported_with(before=""):
-    program = PROBE.format(before=before, frameworks=set(FRAMEWORKS))
+    program = PROBE.format(before=before, hosts=HOSTS)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     return run.stdout.split()
@@ -171,7 +178,7 @@ def words(tree):
 
 
 def framework_names(source):
-    return [word for word in words(ast.parse(source)) if any(name in word.lower() for name in FRAMEWORKS)]
+    return [word for word in words(ast.parse(source)) if any(name in word.lower() for name in HOSTS)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CORE)))
@@ -194,21 +201,31 @@ def imports(path, package):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
             # `from ampcheck import checker` is an import of a submodule as well.
-            if node.module == package:
-                yield from (f"{package}.{alias.name}" for alias in node.names)
+            of_packages = (package, *packages_on_disk())
+            if node.module not in of_packages[1:] or node.module == package:
+                yield node.module
+            if node.module in of_packages:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*ADAPTERS, *BESIDE], ids=lambda path: path.relative_to(INTEGRATIONS).as_posix())
 def test_adapters_use_the_public_names_alone(path):
-    """No submodule of the core, and no other adapter."""
-    public = {f"ampcheck.{name}" for name in ampcheck.__all__} | {"ampcheck", f"ampcheck.integrations.{path.stem}"}
-    assert {name for name in imports(path, "ampcheck") if name.partition(".")[0] == "ampcheck"} <= public
+    """No submodule of the core, and of the integrations no other host's."""
+    public = {f"ampcheck.{name}" for name in ampcheck.__all__} | {"ampcheck"}
+    used = {name for name in imports(path, "ampcheck") if name.partition(".")[0] == "ampcheck"} - public
+    assert not [name for name in used if not name.startswith("ampcheck.integrations.")]
+    assert {name.rpartition(".")[2] for name in used} <= {path.stem}
 
 
-def test_there_are_adapters():
-    assert {path.stem for path in ADAPTERS} >= {"lightning", "mmengine", "timm", "ultralytics"}
+def test_each_adapter_has_its_fixes_and_an_extra():
+    assert ADAPTERS
+    assert [path.stem for path in ADAPTERS] == sorted(path.stem for path in BESIDE if path.parent.name == "fixes")
+    assert {path.stem for path in BESIDE} == {*HOSTS}
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {*HOSTS} <= extras.keys()
+    (everything,) = extras["all"]
+    assert {*HOSTS} <= {*re.findall(r"\w+", everything)}
 
 
 def test_core_imports_no_adapter():

@@ -7,6 +7,7 @@ a point.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import importlib
 import io
@@ -120,6 +121,11 @@ class Run:
 
 
 Program = Callable[[Callable[[], Any], list[str], list[Any]], Any]
+
+
+def held(model: torch.nn.Module, *more: Any) -> dict[str, Any]:
+    """What a run in a host leaves."""
+    return {"model": copy.deepcopy(model.state_dict()), "more": copy.deepcopy(more)}
 
 
 def _forget() -> None:

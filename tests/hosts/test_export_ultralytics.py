@@ -22,7 +22,7 @@ from ultralytics.utils import LOGGER
 
 import ampcheck
 from ampcheck import AmpChecker, FindingsError
-from ampcheck.integrations import ultralytics as adapter
+from ampcheck.integrations.exports import ultralytics as exports
 from ampcheck.integrations.ultralytics import AmpCheck
 
 DETOUR = YAML.replace("  - [-1, 1, SPPF, [32, 5]]", "  - [-1, 1, Detour, []]")
@@ -142,7 +142,7 @@ def test_a_fault_of_ours_does_not_break_the_export(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AttributeError("no such thing")
 
-    monkeypatch.setattr(adapter, "compare", fail)
+    monkeypatch.setattr(exports, "compare", fail)
     assert export(AmpCheck(compare_export=True, fail_on="error"), "torchscript").is_file()
     assert said(log) == "AmpCheck (AMP900): the export was not compared: AttributeError: no such thing"
 

@@ -1,0 +1,1 @@
+"""What a host's own export has written, against the model that it was written from."""

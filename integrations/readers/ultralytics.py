@@ -1,0 +1,87 @@
+"""What Ultralytics does in the version that is installed, what its trainer holds and was asked for, and the loss of the
+failing batch, computed once more."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+import ultralytics
+from ultralytics.utils import DEFAULT_CFG_DICT, dist, torch_utils
+
+from ampcheck import Precision, variables
+
+# Whether the processes that it starts for several devices get the callbacks.
+HANDS_ON_CALLBACKS = "callbacks" in dist.generate_ddp_file.__code__.co_names
+NOTHING_WATCHED = (
+    f"AmpCheck: nothing was watched: Ultralytics {ultralytics.__version__} trains on several devices in "
+    "processes that it starts anew, and hands them no callbacks. Started with `torchrun --nproc-per-node "
+    "N`, with the same `device=`, this program trains in watched processes."
+)
+NO_STEP_WATCHED = (
+    f"AmpCheck: Ultralytics {ultralytics.__version__} runs no callback after a failure, so that no step "
+    "is watched; `AmpCheck().attach(model)` in place of its callbacks watches them."
+)
+
+
+def tears_down_after_failure(trainer: Any) -> bool:
+    """Whether `train` itself runs the ``teardown`` event, in a ``finally``; older versions do so where training ends
+    well."""
+    trains = (vars(cls).get("train") for cls in type(trainer).__mro__)
+    return any("teardown" in getattr(getattr(train, "__code__", None), "co_consts", ()) for train in trains)
+
+
+def held(trainer: Any, amp_given: bool) -> dict[str, Any]:
+    """What a trainer holds beside its model."""
+    optimizer = getattr(trainer, "optimizer", None)
+    return {
+        "precision": _declared(trainer, amp_given),
+        "optimizers": [] if optimizer is None else [optimizer],
+        "scaler": getattr(trainer, "scaler", None),
+        "averaged": getattr(getattr(trainer, "ema", None), "ema", None),
+        "directory": getattr(trainer, "save_dir", None),
+    }
+
+
+def _declared(trainer: Any, given: bool) -> Precision:
+    """What ``amp=`` asks for. ``True`` is torch's default dtype for an accelerator, and names none for a CPU, where
+    Ultralytics has no AMP. Validation is in that default whatever the dtype of training."""
+    asked = getattr(trainer.args, "amp", None)
+    device_type = trainer.device.type
+    if asked is None:
+        return Precision(device_type=device_type)
+    accelerated = device_type != "cpu" and torch.amp.is_autocast_available(device_type)
+    default = str(torch.get_autocast_dtype(device_type)).removeprefix("torch.") if accelerated else None
+    dtype = {"fp32": "float32", False: "float32", "fp16": "float16", "bf16": "bfloat16", True: default}.get(asked)
+    explicit = given or asked != DEFAULT_CFG_DICT.get("amp")
+    return Precision(
+        mode="true" if dtype == "float32" else "mixed",
+        device_type=device_type,
+        dtype=dtype,
+        scaler=dtype == "float16" if dtype else None,
+        source=f"amp={asked!r}" if explicit else f"Ultralytics' default amp={asked!r}",
+        evaluation_dtype=default if getattr(trainer, "amp", False) and default else "float32",
+        explicit=explicit,
+    )
+
+
+def failing_batch(trainer: Any, frames: Iterable[FrameType]) -> Callable[[], object] | None:
+    """Computes the loss of the batch in these frames as the trainer does; ``None`` where no batch is."""
+    frames = list(frames)
+    batch = next(variables(frames, "batch", function="_do_train"), {}).get("batch")
+    if not isinstance(batch, dict):
+        return None
+    raw = any(frame.f_code.co_name == "preprocess_batch" for frame in frames)
+    return functools.partial(_loss, trainer, batch, raw=raw)
+
+
+def _loss(trainer: Any, batch: Mapping[str, Any], raw: bool) -> object:
+    """The loss of a batch as `BaseTrainer._do_train` computes it; ``raw``: the batch is still to be preprocessed."""
+    unwrap = getattr(torch_utils, "unwrap_model", None) or getattr(torch_utils, "de_parallel")  # noqa: B009
+    dtype = torch.bfloat16 if trainer.args.amp == "bf16" else None
+    with torch.autocast(trainer.device.type, dtype, enabled=bool(trainer.amp)):
+        batch = dict(batch)
+        return unwrap(trainer.model)(trainer.preprocess_batch(batch) if raw else batch)[0].sum()
