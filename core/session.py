@@ -12,7 +12,8 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 from torch import nn
 
-from ampcheck.checker import AmpChecker, Emit, FindBatch, FindingsError
+from ampcheck.checker import AmpChecker, FindBatch, FindingsError
+from ampcheck.report.teller import Emit
 
 P = ParamSpec("P")
 R = TypeVar("R")
