@@ -267,6 +267,25 @@ def test_a_session_s_other_things_are_taken_back_once() -> None:
     assert (first.taken, second.taken) == (1, 1)
 
 
+@pytest.mark.parametrize("error", [None, LookupError("the user's own")])
+def test_a_step_between_two_events(error: Exception | None) -> None:
+    """One that died is no watched step."""
+    adapter = Adapter(Loop(), ignore="AMP107")
+    adapter.attach()
+    session, checker = adapter.session, adapter.session.checker
+    session.open_step(checker.training_step())
+    adapter.loop.step(next(iter(batches(1, 8))))
+    session.close_step(error)
+    session.close_step()
+    assert checker.watching is (error is not None)
+    session.open_step(checker.evaluation_step())
+    session.end()
+    assert checker.report is not None
+    assert (checker.report.trace.training is None) is (error is not None)
+    session.close_step()
+    assert adapter.faults == []
+
+
 def test_the_failure_of_a_guarded_method_is_the_user_s() -> None:
     failure = TypeError("autocast.__init__() got an unexpected keyword argument 'device'")
     adapter = Adapter(Loop(fails=failure))
