@@ -147,12 +147,20 @@ class TestExportDiffers:
 
     def test_the_verdict_is_told_once(self):
         dropout = Cause("training-mode", "head", "dropout", (LINE,))
-        seen = findings(compared(APART, causes=(BRANCH, dropout)))
-        assert [VERDICT in finding.message for finding in seen] == [True, False]
+        doubtful = dataclasses.replace(dropout, certain=False)
+        seen = findings(compared(APART, causes=(BRANCH, doubtful, dropout)))
+        assert [VERDICT in finding.message for finding in seen if finding.severity == ERROR] == [True, False]
+
+    def test_model_itself_is_the_first_that_differs(self):
+        finding = only(compared(APART, modules=(AGREES, dataclasses.replace(DIFFERS, module=""))))
+        assert finding.message.endswith(" The first module whose output differs is the model itself.")
+        assert finding.module == ""
 
     def test_cause_without_a_module_is_the_culprits(self):
         cause = Cause("frozen-shape", None, "on other sizes, 9×3 its outputs are others")
         assert only(compared(APART, modules=(DIFFERS,), causes=(cause,))).module == "gate"
+        of_its_own = dataclasses.replace(cause, module="head")
+        assert only(compared(APART, modules=(DIFFERS,), causes=(of_its_own,))).module == "head"
 
     @pytest.mark.parametrize(
         ("cause", "said", "fix"),
@@ -238,6 +246,11 @@ class TestExportDiffers:
             " The first module whose output differs is gate. Before it comes attention, whose result is a constant."
         )
         assert seen["AMP601"].fix == "The findings beside this one say why."
+
+    def test_first_module_that_is_the_constant(self):
+        itself = dataclasses.replace(DIFFERS, module="attention", inputs_equal=None)
+        seen = findings(compared(APART, modules=(itself,), constants=(CONSTANT,)))
+        assert seen[0].message.endswith(" The first module whose output differs is attention.")
 
     def test_constant_that_comes_later(self):
         seen = findings(compared(APART, modules=(DIFFERS,), constants=(CONSTANT,)))
