@@ -40,7 +40,7 @@ from ampcheck.observe.walk import (
 from ampcheck.precision import Precision
 from ampcheck.report import Report
 from ampcheck.report.ranks import rank
-from ampcheck.report.teller import Emit, Line, Teller
+from ampcheck.report.teller import Emit, Line, Log, Teller
 from ampcheck.report.text import NAME, fit_line, step_line
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
@@ -144,12 +144,14 @@ class AmpChecker:
         averaged: nn.Module | None = None,
         host: Host | None = None,
         emit: Emit | None = None,
+        log: Log | None = None,
         directory: str | os.PathLike[str] | None = None,
     ) -> Report | None:
         """Start a fit: look at the model and what trains it, judge, and report.
 
-        Walks over ``model``, ``optimizers``, ``scaler`` and the ``averaged`` copy of the model. Reports through
-        ``emit``, one call a message, on rank 0 (default: standard error). Called again before ``detach``, it looks
+        Walks over ``model``, ``optimizers``, ``scaler`` and the ``averaged`` copy of the model. Reports on rank 0, one
+        call a message, through ``log``, such as a logger's method of that name, at the level of a finding's severity,
+        or through ``emit``, which takes no level (default: standard error). Called again before ``detach``, it looks
         again at what it is given, and reports only what is new. Returns ``None`` if AmpCheck failed and switched itself
         off. Raises ``FindingsError``.
         """
@@ -159,7 +161,8 @@ class AmpChecker:
             self._run = run
             if run.off:
                 return None
-            run.teller.emit, run.teller.directory = emit, Path(directory) if directory is not None else None
+            run.teller.emit, run.teller.log = emit, log
+            run.teller.directory = Path(directory) if directory is not None else None
             run.held = held = Held(model, unwrapped(model), tuple(optimizers), scaler)
             with alone():
                 info = replace(walk(held.model), compiled=is_compiled(model))
@@ -228,13 +231,15 @@ class AmpChecker:
         phase: str = "training_step",
         step: int | None = None,
         batch: Rerun | None = None,
+        swallowed: bool = False,
     ) -> None:
         """Attach what is known of ``error`` to it as a note. The caller re-raises it with a bare ``raise``.
 
         ``batch`` computes the loss of the failing batch once more, as the host does, on the unwrapped module, and
         returns it. It is called for a failure of a training step whose lines are not known, and everything is put back
         afterwards. Without it, and outside a host, the statements of the failing loop run again instead. An exception
-        is diagnosed once. It gets no note if it has nothing to do with precision or autograd.
+        is diagnosed once. It gets no note if it has nothing to do with precision or autograd. ``swallowed``: nobody
+        shows the exception, so that its note is reported as well.
         """
         try:
             run = self._run
@@ -266,7 +271,12 @@ class AmpChecker:
             trace = replace(run.trace, failure=failure)
             for one in seen:
                 trace = trace.showing(one)
-            self._tell_failure(error, trace, functools.partial(self._runs_with, error, batch, again))
+            report = self._judge_failure(trace, functools.partial(self._runs_with, error, batch, again))
+            if failure.facts is not None:
+                crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
+                findings = (one for one in report.findings if one.severity is Severity.ERROR or one.code in crashes)
+                run.teller.note(error, findings, trace, aloud=swallowed)
+            run.teller.write(report)
             if fault is not None:
                 self.switch_off(fault)
         except Exception as fault:  # noqa: BLE001 - the user's exception stays in front, whatever happens to ours
@@ -316,15 +326,10 @@ class AmpChecker:
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
-    def _tell_failure(self, error: Exception, trace: Trace, runs_with: Callable[[Edit], bool | None]) -> None:
+    def _judge_failure(self, trace: Trace, runs_with: Callable[[Edit], bool | None]) -> Report:
         findings, not_judged = judge(trace, self._rules)
-        findings = tuple(_tried(finding, runs_with) for finding in findings)
-        self._run.report = report = Report(trace, findings, not_judged)
-        crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
-        if trace.failure is not None and trace.failure.facts is not None:
-            telling = (one for one in findings if one.severity is Severity.ERROR or one.code in crashes)
-            self._run.teller.note(error, telling, trace)
-        self._run.teller.write(report)
+        self._run.report = Report(trace, tuple(_tried(finding, runs_with) for finding in findings), not_judged)
+        return self._run.report
 
     def detach(self) -> None:
         """Remove everything and let go of the model. Report once what could not be judged. May be called again."""

@@ -162,7 +162,7 @@ class AmpCheck(Callback):
         directory = _directory(trainer) if trainer.state.fn == "fit" or not self._fitted else None
         host = Host("lightning", package.__version__, FIXES)
         held = reader.held(trainer, package)
-        self.session.attach(trainer.lightning_module, host=host, emit=self._logger.info, directory=directory, **held)
+        self.session.attach(trainer.lightning_module, host=host, log=self._logger.log, directory=directory, **held)
 
     @contained
     def _failed(self, trainer: Trainer, error: BaseException) -> None:

@@ -113,7 +113,7 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
             scaler=next(filter(None, map(_scaler_of, wrappers.values())), None),
             averaged=next((average.module for average in averages if average is not None), None),
             host=Host("mmengine", mmengine.__version__, FIXES),
-            emit=runner.logger.info,
+            log=runner.logger.log,
             directory=getattr(runner, "log_dir", runner.work_dir),
         )
         if _is_compiled(runner.model):

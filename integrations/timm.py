@@ -119,7 +119,7 @@ class _Script:
             say("ampcheck  the script's functions are given no model: nothing is checked")
             return
         host = Host("timm", timm.__version__, FIXES)
-        self.session.attach(model, host=host, emit=say, **reader.held(values, model))
+        self.session.attach(model, host=host, log=log, **reader.held(values, model))
 
 
 class _Updates:
@@ -226,8 +226,13 @@ class _Returned:
 
 
 def say(text: str) -> None:
+    log(logging.INFO, text)
+
+
+def log(level: int, text: str) -> None:
     """To the script's logger, or where it has been given no handler, to standard error."""
-    _LOGGER.log(logging.INFO if _LOGGER.hasHandlers() and _LOGGER.isEnabledFor(logging.INFO) else logging.WARNING, text)
+    heard = _LOGGER.hasHandlers() and _LOGGER.isEnabledFor(level)
+    _LOGGER.log(level if heard else max(level, logging.WARNING), text)
 
 
 if __name__ == "__main__":

@@ -140,11 +140,11 @@ class AmpCheck:
             self._end(None, phase)
 
     def _attach(self, model: torch.nn.Module, **seen: Any) -> None:
-        self.session.attach(model, host=Host("ultralytics", ultralytics.__version__, FIXES), emit=self._say, **seen)
+        self.session.attach(model, host=Host("ultralytics", ultralytics.__version__, FIXES), log=self._log, **seen)
 
-    def _say(self, text: str) -> None:
+    def _log(self, level: int, text: str) -> None:
         # Progress bars leave the cursor in the middle of a line.
-        LOGGER.info(f"\n{text}" if self._fit is not None and self._fit.ends_line() else text)
+        LOGGER.log(level, f"\n{text}" if self._fit is not None and self._fit.ends_line() else text)
 
     @contained
     def _fit_start(self, trainer: Any) -> None:

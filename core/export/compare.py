@@ -41,8 +41,8 @@ def compare(
     ``torch.onnx.export(dynamo=True)`` returned, or the path of a file saved by them (``.pt``, ``.pt2``, ``.onnx``).
     ``inputs`` is a tensor, a sequence of positional arguments or a mapping of keyword arguments. Both models also run
     on fresh inputs of the same shapes and ranges, on ``fresh_inputs`` if given, and on other sizes if the export claims
-    to take them. A trace claims nothing: a size at which it stops is a warning, unless ``dynamic_batch`` is true. False
-    leaves other sizes out.
+    to take them. A trace claims nothing: a size at which it stops is a warning, unless ``dynamic_batch`` is true. If
+    ``dynamic_batch`` is false, other sizes are left out.
 
     ``outputs`` takes what the eager model returns and gives the part that was exported, if that is not all of it:
     ``lambda y: y["logits"]``.

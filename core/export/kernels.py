@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 class Kernel(NamedTuple):
     """A function that calls an extension past the dispatcher, and its library's equivalent in tensor operations.
 
-    Both are written ``package.module:name``. ``takes`` are the positions of the arguments that the second takes from
-    those of the first.
+    Both are written ``package.module:name``. ``takes`` are the positions, among the arguments of the first, of those
+    that the second takes.
     """
 
     function: str

@@ -1,4 +1,4 @@
-"""Open what a user calls an export, and say in one sentence what it cannot be compared on."""
+"""Open what a user calls an export, and say in one sentence why it cannot be compared on given inputs."""
 
 from __future__ import annotations
 

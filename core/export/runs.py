@@ -239,8 +239,8 @@ def _listed(tensors: dict[str, Tensor]) -> str:
 def module_errors(first: Sequence[Call], second: Sequence[Call], tolerances: Tolerances) -> Iterator[ModuleError]:
     """Yield the errors of the calls seen on both sides.
 
-    An export may return more from a module than the module did, and in another order: an output agrees if any tensor of
-    its shape does.
+    An export may return more from a module than the module did, and in another order: an output agrees if it agrees
+    with any tensor of its shape.
     """
     others: dict[tuple[str, int], Call] = {(call.module, call.index): call for call in second}
     ours = Counter((call.module, tensor.shape) for call in first for tensor in _made(call))

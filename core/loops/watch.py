@@ -159,17 +159,19 @@ class watch:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        ended = exc is None or isinstance(exc, SystemExit)
+        swallowed = _swallowed(exc)
+        failure = swallowed or exc
+        ended = failure is None or isinstance(failure, SystemExit)
         try:
-            if exc is not None:
+            if failure is not None:
                 with contextlib.suppress(FindingsError):
-                    self._safely(self._end_if_complete, exc)
+                    self._safely(self._end_if_complete, failure)
                 with contextlib.suppress(Exception):
                     self._take_scaler()
-                self._checker.diagnose(exc)
+                self._checker.diagnose(failure, swallowed=swallowed is not None)
             if self._fault is not None:
                 self._give_up(self._fault)
-            self._safely(self._end_step, None if ended else exc)
+            self._safely(self._end_step, None if ended else failure)
             if self._state is _State.WAITING and ended:
                 self._contained(self._never_trained)()
         finally:
@@ -346,6 +348,14 @@ class watch:
             self._end_step()
             if not self._checker.watching:
                 self._end_training()
+
+
+def _swallowed(exc: BaseException | None) -> Exception | None:
+    """The error that a launcher showed in its own way before it left by ``sys.exit``, as Hydra does."""
+    if not isinstance(exc, SystemExit) or exc.code in (None, 0):
+        return None
+    error = exc.__cause__ or exc.__context__
+    return error if isinstance(error, Exception) else None
 
 
 def _left_backward(exc: BaseException) -> bool:

@@ -35,7 +35,7 @@ _replaying: list[None] = []
 class _TooLong(BaseException):
     """A replay took longer than anybody waits for a message.
 
-    No handler in the program takes a ``BaseException`` for an error.
+    A ``BaseException``, so that no handler in the program takes it for an error.
     """
 
 

@@ -1,9 +1,9 @@
 """Rebuild the statements that led to where a function stands, to run them again.
 
-A plain loop hands nobody a function that computes the loss of a batch, but its source does. Of the innermost loop
-around the failing line, or of the function if there is none, this takes the statements that compute with tensors, and
-runs them with the variables as they are. It leaves out what by its name only reports or saves, does not repeat a whole
-training, and runs no statements that use something that cannot be put back (a generator, a file, a queue).
+A plain loop offers no function that computes the loss of a batch, but its source does. Of the innermost loop around the
+failing line, or of the function if there is none, this takes the statements that compute with tensors, and runs them
+with the variables as they are. It leaves out what by its name only reports or saves, does not repeat a whole training,
+and runs no statements that use something that cannot be put back (a generator, a file, a queue).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Rerun:
 
 
 def of_traceback(traceback: TracebackType | None) -> Iterator[Rerun]:
-    """Yield what led to an exception, smallest first: its statement and what that needs, then ever more around it."""
+    """Yield reruns of what led to an exception: its statement and what that needs, then ever more around it."""
     standing: list[Standing] = []
     while traceback is not None:
         standing.append(Standing(traceback.tb_frame, traceback.tb_lineno, traceback.tb_lasti))
@@ -71,7 +71,7 @@ def of_traceback(traceback: TracebackType | None) -> Iterator[Rerun]:
 
 
 def of_frame(frame: FrameType) -> Iterator[Rerun]:
-    """Yield what led to where a running frame and its callers are."""
+    """Yield reruns of what led to where a running frame stands, with all that called it."""
     yield from _reruns(_running(frame), left=0)
 
 

@@ -223,7 +223,7 @@ class _Kept:
             if isinstance(function, types.FunctionType):
                 self.reach(function)
             elif not (name.startswith("__") and name.endswith("__")) and not hasattr(value, "__get__"):
-                self.puts_back.append(_call(setattr, kind, name, value))
+                self.puts_back.append(_call(_put_back_attribute, kind, name, value))
                 self.reach(value)
         self._pending += kind.__bases__
 
@@ -237,7 +237,7 @@ class _Kept:
             slots = vars(base).get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
                 if hasattr(value, name) and name not in ("__dict__", "__weakref__"):
-                    self.puts_back.append(_call(setattr, value, name, getattr(value, name)))
+                    self.puts_back.append(_call(_put_back_attribute, value, name, getattr(value, name)))
                     self.reach(getattr(value, name))
         self._pending.append(type(value))
 
@@ -247,6 +247,13 @@ def _states_of(value: torch.optim.Optimizer | torch.amp.GradScaler) -> Iterable[
     if isinstance(value, torch.optim.Optimizer):
         return (*value.param_groups, *value.state.values())
     return getattr(value, "_per_optimizer_states", {}).values()
+
+
+def _put_back_attribute(owner: Any, name: str, value: Any) -> None:
+    # An enumeration, or a read-only object, refuses to be given even what it has.
+    held = vars(owner).get(name) if isinstance(owner, type) else getattr(owner, name, None)
+    if held is not value:
+        setattr(owner, name, value)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Callable[[], None]:

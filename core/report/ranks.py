@@ -61,7 +61,7 @@ def gather(stage: str, mine: Any, patience: timedelta = timedelta(seconds=5)) ->
 def merged_findings(
     findings: Mapping[int, tuple[Finding, ...]], heard: Collection[int]
 ) -> tuple[tuple[Finding, Finding], ...]:
-    """The ``findings`` that each rank sent last, each once: as it was sent, and as it is to be reported.
+    """The ``findings`` that each rank sent last, each once: as it was sent, and as it is reported.
 
     If a rank ``heard`` now lacks a finding, its message says who has it and, if all ranks are known, that no others do.
     """

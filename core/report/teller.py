@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -16,26 +17,29 @@ from rich.text import Text
 from ampcheck.report.ranks import gather, merged_findings, rank
 from ampcheck.report.report import Report
 from ampcheck.report.text import NAME, not_judged_line, render_finding
-from ampcheck.rules.rule import Finding, told
+from ampcheck.rules.rule import Finding, Severity, told
 from ampcheck.source.printable import shown
 from ampcheck.trace import Trace
 
 REPORT_NAME = "ampcheck.json"
+_LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
 _NOTE_HEAD = f"{NAME}: what is known of this failure"
 
 Emit = Callable[[str], None]
+Log = Callable[[int, str], None]
 Line = Callable[[tuple[Finding, ...]], Text]
 
 
 class Teller:
     """Reports the findings of a run, each once.
 
-    They go, on rank 0, through ``emit`` or else to standard error, and into the JSON report at ``destination`` (true:
-    ``ampcheck.json`` in ``directory``; false: nowhere).
+    They go, on rank 0, through ``log`` (a logger's, which takes a level), else through ``emit``, else to standard
+    error; and into the JSON report at ``destination`` (true: ``ampcheck.json`` in ``directory``; false: nowhere).
     """
 
     def __init__(self, destination: bool | str | os.PathLike[str] = False) -> None:
         self.emit: Emit | None = None
+        self.log: Log | None = None
         self.directory: Path | None = None
         self._destination = destination
         self._told: list[Finding] = []
@@ -63,19 +67,21 @@ class Teller:
             self.write(merged)
         return merged
 
-    def note(self, error: BaseException, findings: Iterable[Finding], trace: Trace) -> None:
-        """Attach those of ``findings`` that were not reported yet to ``error``."""
+    def note(self, error: BaseException, findings: Iterable[Finding], trace: Trace, *, aloud: bool = False) -> None:
+        """Attach those of ``findings`` that were not reported yet to ``error``. ``aloud``: nobody shows ``error``."""
         new = [finding for finding in findings if finding not in self._told]
         if not new:
             return
         self._told += new
         note = "\n".join([_NOTE_HEAD, *(render_finding(finding, trace).plain for finding in told(new))])
-        if hasattr(error, "add_note"):
+        # Python 3.10 neither keeps notes nor shows them.
+        keeps = hasattr(error, "add_note")
+        if keeps:
             error.add_note(note)
         else:
-            # Python 3.10 neither keeps notes nor shows them.
             error.__notes__ = [*getattr(error, "__notes__", ()), note]
-            self.say(Text(note))
+        if aloud or not keeps:
+            self.say(Text(note), logging.ERROR)
 
     def say_not_judged(self, not_judged: Mapping[str, str]) -> None:
         if not_judged and rank() == 0:
@@ -83,9 +89,12 @@ class Teller:
 
     def say_findings(self, findings: Iterable[Finding], trace: Trace) -> None:
         for finding in findings:
-            self.say(render_finding(finding, trace))
+            self.say(render_finding(finding, trace), _LEVELS[finding.severity])
 
-    def say(self, text: Text) -> None:
+    def say(self, text: Text, level: int = logging.INFO) -> None:
+        if self.log is not None:
+            self.log(level, text.plain)
+            return
         if self.emit is not None:
             self.emit(text.plain)
             return

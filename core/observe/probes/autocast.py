@@ -44,7 +44,7 @@ class AutocastProbe:
         self._open = 0
         self.cache_cleared = False
         self.left: int | None = None
-        """The number of the next node when the thread left a region that it had entered before the probe."""
+        """Sequence number of the next node when the thread left a region that it had entered before the probe."""
         self._spans: list[Span] = []
         self._listening = Listening()
         self._requested: weakref.WeakKeyDictionary[torch.autocast, bool] = weakref.WeakKeyDictionary()
