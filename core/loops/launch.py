@@ -22,8 +22,9 @@ from ampcheck.source.lines import is_ours
 def run_script(path: str, args: Sequence[str], *, before_main: Callable[[ModuleType], None] | None = None) -> None:
     """Run the file ``path`` as ``__main__`` with ``args``. What it raises passes through.
 
-    If the script has an ``if __name__ == "__main__":``, ``before_main`` is called with the new ``__main__`` module once
-    everything above that has run. Raises ``OSError`` for a file that cannot be read.
+    ``before_main`` is called once, with the new ``__main__`` module: when everything above the script's
+    ``if __name__ == "__main__":`` has run or, if it has none, before anything has. Raises ``OSError`` for a file that
+    cannot be read.
     """
     source = Path(path).read_bytes()
     sys.argv = [path, *args]
@@ -34,9 +35,9 @@ def run_script(path: str, args: Sequence[str], *, before_main: Callable[[ModuleT
     sys.modules["__main__"] = main
     sys.path[0] = str(Path(path).resolve().parent)
     whole = ast.parse(source, path)
-    guard = next((i for i, node in enumerate(whole.body) if _is_main_guard(node)), len(whole.body))
+    guard = next((i for i, node in enumerate(whole.body) if _is_main_guard(node)), 0)
     flags = 0
-    if before_main is not None and guard < len(whole.body):
+    if before_main is not None:
         top = _compiled(ast.Module(whole.body[:guard], []), path)
         exec(top, main.__dict__)
         before_main(main)

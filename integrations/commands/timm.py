@@ -66,16 +66,16 @@ class _Parser(argparse.ArgumentParser):
 def _run(path: str, args: Sequence[str], session: Session) -> None:
     """Run the script. One that is not of timm's kind is watched as any script is."""
     with ExitStack() as watched:
-
-        def watch_anything() -> None:
-            say(f"ampcheck  {path} has no train_one_epoch() and a main guard: watched as by `ampcheck run`")
-            watched.enter_context(watch(None, checker=session.checker))
+        wrapped = False
 
         def before_main(main: ModuleType) -> None:
-            if not wrap(main, session):
-                watch_anything()
+            nonlocal wrapped
+            wrapped = wrap(main, session)
+            if not wrapped:
+                say(f"ampcheck  {path} has no train_one_epoch() and a main guard: watched as by `ampcheck run`")
+                watched.enter_context(watch(None, checker=session.checker))
 
         watched.callback(session.checker.detach)
-        if b"__main__" not in Path(path).read_bytes():
-            watch_anything()
         run_script(path, args, before_main=before_main)
+        if wrapped and session.checker.report is None:
+            session.checker.nothing_seen("the script called neither train_one_epoch() nor validate()", emit=say)
