@@ -68,6 +68,19 @@ class TestLowPrecisionParameters:
         sharded = ScalerInfo("ShardedGradScaler", True, "cuda")
         assert found(trace(model=model(HALF), scaler=sharded, optimizers=held("float16"))) == {"AMP201": WARNING}
 
+    def test_optimizer_that_unscales_takes_float16(self):
+        fused = OptimizerInfo("AdamW", 3, 3, {"float16": 3}, unscales=True)
+        others = OptimizerInfo("AdamW", 3, 0, {"float32": 3})
+        finding = only(trace(model=model(HALF), optimizers=(fused, others)))
+        assert (finding.code, finding.severity) == ("AMP201", WARNING)
+        assert "refuses" not in finding.message
+        assert found(trace(model=model(HALF), optimizers=(fused, *held("float16")))) == {"AMP201": ERROR}
+
+    def test_one_parameter_names_its_module(self):
+        one = model(NET | {"head.weight": "float16"})
+        assert only(trace(model=one)).module == "head"
+        assert only(trace(model=model(HALF))).module is None
+
     def test_frozen(self):
         net = NET | {"stem.weight": "float16", "stem.bias": "float16"}
         assert found(trace(model=model(net, frozen=("stem.weight", "stem.bias")))) == {}
