@@ -284,7 +284,7 @@ class watch:
         Either a dry run of ``module`` began it, before there was an optimizer, or another model did, while an optimizer
         that trains ``module`` has stepped.
         """
-        if step.optimized or step.equipped or not self._begins_training(module):
+        if step.optimized or step.equipped or step.watched.inside_model or not self._begins_training(module):
             return False
         if module is self._outermost:
             return bool(optimizers_of(module))

@@ -23,7 +23,8 @@ def launched(program: Path | str, *args: str, cwd: Path, processes: int = 2) -> 
 
 def python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The interpreter that runs the tests, in ``cwd``."""
-    paths = os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parent / "hosts")))
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    paths = os.pathsep.join([*map(str, (HERE, HERE.parent, HERE.parent / "hosts")), *inherited])
     return subprocess.run(
         [sys.executable, *args],
         cwd=cwd,

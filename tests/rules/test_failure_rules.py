@@ -92,6 +92,23 @@ CODES: dict[type, str | None] = {
 """The rule that tells of each kind of failure. Some are told by what the model and the step show."""
 
 
+_UNTOLD = next(facts for facts in ONE_OF_EACH if CODES[type(facts)] is None)
+_IN_A_STEP = {"AMP310"}
+PAIRS = (
+    *(
+        (code, failed(facts), failed(_UNTOLD))
+        for facts in ONE_OF_EACH
+        if (code := CODES[type(facts)]) is not None and code not in _IN_A_STEP
+    ),
+    (
+        "AMP206",
+        failed(DtypeMismatch(operation(X, op="mylib::pool", custom=True, autocast_rule=False))),
+        failed(DtypeMismatch(operation(X, op="mylib::pool", custom=True, autocast_rule=True))),
+    ),
+)
+"""A failure of each kind, beside one that no rule knows."""
+
+
 def among(trace: Trace, code: str) -> Finding:
     """The one finding of a rule."""
     (finding,) = (finding for finding in findings(trace) if finding.code == code)
