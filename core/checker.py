@@ -25,6 +25,7 @@ from ampcheck.observe.again import FailedAgain
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
+from ampcheck.observe.probes.saved_tensors import stale_behind
 from ampcheck.observe.rerun import of_frame, of_traceback
 from ampcheck.observe.step import WatchedStep
 from ampcheck.observe.walk import (
@@ -271,6 +272,11 @@ class AmpChecker:
             trace = replace(run.trace, failure=failure)
             for one in seen:
                 trace = trace.showing(one)
+            if isinstance(failure.facts, SavedTensorModified) and run.held is not None:
+                graph = trace.graph or GraphTrace()
+                if not graph.stale:
+                    # The graph is still there, behind the exception.
+                    trace = replace(trace, graph=replace(graph, stale=stale_behind(error, run.held.model)))
             report = self._judge_failure(trace, functools.partial(self._runs_with, error, batch, again))
             if failure.facts is not None:
                 crashes = {rule.code for rule in self._rules if "failure" in rule.needs}

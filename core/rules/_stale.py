@@ -32,6 +32,9 @@ def cause(stale: StaleTensor) -> Cause:
     """Whose write it was: an optimizer's, one to a buffer of the model, or any other."""
     if any(write.by == "optimizer" for write in stale.writes):
         return "optimizer"
+    if stale.name and not stale.buffer and not stale.writes:
+        # Who wrote to a parameter was not seen, and is seldom anybody else.
+        return "optimizer"
     if stale.buffer or any(write.by == "buffer-broadcast" for write in stale.writes):
         return "buffer"
     return "write"

@@ -43,18 +43,20 @@ def parameters_updated_before_backward(trace: Trace) -> Iterator[Evidence]:
     """
     crashed = found_by_pytorch(trace)
     if crashed and cause(crashed[0]) == "optimizer":
-        yield _evidence(crashed, silent=False)
+        yield _evidence(trace, crashed, silent=False)
     silent = tuple(stale for stale in passed_by_pytorch(trace) if cause(stale) == "optimizer")
     if silent:
-        yield _evidence(silent, silent=True)
+        yield _evidence(trace, silent, silent=True)
 
 
-def _evidence(stale: tuple[StaleTensor, ...], *, silent: bool) -> Evidence:
+def _evidence(trace: Trace, stale: tuple[StaleTensor, ...], *, silent: bool) -> Evidence:
     first, *others = stale
-    write = next(write for write in first.writes if write.by == "optimizer")
+    write = next((write for write in first.writes if write.by == "optimizer"), None)
     names = list(dict.fromkeys(one.name for one in stale if one.name and cause(one) == "optimizer"))
     changed = some(names) if names else "parameters"
     passed = " The step writes past the version counter, so PyTorch says nothing." if silent else ""
+    if write is None:
+        return _unseen(trace, stale, names)
     return Evidence(
         f"The optimizer step{place(write.site)} changed {changed} between the forward pass that saved "
         f"{'it' if len(names) == 1 else 'them'}{place(first.save)} and its backward.{passed}",
@@ -65,4 +67,18 @@ def _evidence(stale: tuple[StaleTensor, ...], *, silent: bool) -> Evidence:
             f"Run the backward pass before the step{place(write.site)}, or run the forward pass{place(first.save)} "
             "again after it."
         ),
+    )
+
+
+def _unseen(trace: Trace, stale: tuple[StaleTensor, ...], names: list[str]) -> Evidence:
+    """The step was neither watched nor replayed."""
+    first, *others = stale
+    them = "it" if len(names) == 1 else "them"
+    return Evidence(
+        f"{some(names)} changed between the forward pass that saved {them} and its backward. What changed {them} was "
+        "not seen: an optimizer step, an averaging or a clip.",
+        module=names[0].rpartition(".")[0],
+        sites=trace.failure.sites[:1] if trace.failure is not None else (),
+        data={**data_of(first, others), "parameters": names},
+        fix=f"Run the backward pass before anything changes {some(names)}, or run the forward pass again after it.",
     )

@@ -25,7 +25,7 @@ from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modes import alone, put_on, taken_off, tracing
 from ampcheck.observe.probes.reads import BackwardReads
 from ampcheck.observe.tensors import PLAIN, operands_in, same_values, storage_key
-from ampcheck.observe.walk import hooked_modules, plain_name, unwrapped
+from ampcheck.observe.walk import unwrapped
 
 _AUTOGRAD: Any = torch._C._autograd
 _sequence_nr: Callable[[], int] = _AUTOGRAD._get_sequence_nr
@@ -107,15 +107,7 @@ class DispatchProbe(TorchDispatchMode):
         self._listening = Listening()
         _allow_higher_order_ops()
         with torch._C.DisableTorchFunction():
-            self._name(unwrapped(model))
-
-    def _name(self, model: nn.Module) -> None:
-        self.log.hooked = hooked_modules(model)
-        for buffer, tensors in ((True, model.named_buffers()), (False, model.named_parameters())):
-            for name, tensor in tensors:
-                key = storage_key(tensor)
-                if key is not None:
-                    self.log.names[key] = (plain_name(name), buffer)
+            self.log.name(unwrapped(model))
 
     def __enter__(self) -> DispatchProbe:
         self._thread = threading.get_ident()

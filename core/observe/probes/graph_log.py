@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ampcheck.observe.probes.call_sites import CallSite
 from ampcheck.observe.tensors import storage_key
+from ampcheck.observe.walk import hooked_modules, plain_name
 from ampcheck.trace import Silent, Site, StaleTensor, UncheckedSave, Write
 
 Layout = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -111,6 +113,15 @@ class GraphLog:
         # If `__init__` failed, there are none.
         for reference in vars(self).get("pinned", {}).values():
             storage._free_weak_ref(reference)
+
+    def name(self, model: nn.Module) -> None:
+        """Know the parameters and buffers of ``model``, and its modules with full backward hooks, by name."""
+        self.hooked = hooked_modules(model)
+        for buffer, tensors in ((True, model.named_buffers()), (False, model.named_parameters())):
+            for name, tensor in tensors:
+                key = storage_key(tensor)
+                if key is not None:
+                    self.names[key] = (plain_name(name), buffer)
 
     def wrote(self, key: int, write: Overwrite) -> None:
         self.written.setdefault(key, []).append(write)

@@ -8,11 +8,12 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from ampcheck.observe.autograd import nodes_behind, saved_slots, slot_value
 from ampcheck.observe.probes.dispatch import DispatchProbe
 from ampcheck.observe.probes.graph_log import GraphLog, GraphOp, Overwrite, is_copy_slices, op_name
-from ampcheck.observe.walk import dtype_name
+from ampcheck.observe.walk import dtype_name, unwrapped
 from ampcheck.trace import GraphTrace, StaleTensor
 
 _VERSIONS = re.compile(r"is at version (\d+); expected version (\d+)")
@@ -68,6 +69,15 @@ def stale_tensors(error: BaseException, log: GraphLog) -> tuple[StaleTensor, ...
     return tuple(tensor for _, _, tensor in found)
 
 
+def stale_behind(error: BaseException, model: nn.Module) -> tuple[StaleTensor, ...]:
+    """All stale tensors of the graph on which backward raised ``error``, of a step that was neither watched nor
+    replayed: which of them are parameters or buffers of ``model`` is known, the lines are not."""
+    log = GraphLog()
+    with torch._C.DisableTorchFunction():
+        log.name(unwrapped(model))
+        return stale_tensors(error, log)
+
+
 def _roots(error: BaseException) -> tuple[torch.Tensor, ...]:
     """The tensors that the innermost failing backward pass started from."""
     roots: tuple[torch.Tensor, ...] = ()
@@ -113,7 +123,9 @@ def _identity(saved: Any, message: str) -> tuple[int, int, tuple[int, ...], str]
     try:
         saved.register_hooks(pack, unpack)
     except RuntimeError:
-        return None
+        # It has hooks already: those of a replay that ran into the same graph, where PyTorch shows them.
+        return getattr(getattr(saved, "unpack_hook", None), "identity", None)
+    unpack.identity = seen[0] if seen else None  # type: ignore[attr-defined]
     return seen[0] if seen else None
 
 
