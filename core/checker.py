@@ -203,6 +203,18 @@ class AmpChecker:
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
+    def optimized_by(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Take into account optimizers that showed themselves by stepping."""
+        run = self._run
+        if run.off or run.held is None:
+            return
+        try:
+            held = run.held = run.held._replace(optimizers=(*run.held.optimizers, *optimizers))
+            examined = tuple(examine_optimizer(optimizer, held.model) for optimizer in held.optimizers)
+            run.trace = replace(run.trace, optimizers=examined)
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+
     def training_step(
         self, autocast: AutocastProbe | None = None, *, batch: FindBatch | None = None
     ) -> AbstractContextManager[object]:

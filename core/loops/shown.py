@@ -5,20 +5,54 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ampcheck.observe.probes.autocast import autocast_state
-from ampcheck.observe.walk import dtype_name
+from ampcheck.observe.walk import dtype_name, examine_optimizer
 from ampcheck.precision import Precision
+from ampcheck.source.lines import is_library
 from ampcheck.trace import AutocastRegion
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
     """The ids of an optimizer's parameters."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def is_part(module: nn.Module, whole: nn.Module) -> bool:
+    return any(part is module for part in whole.modules())
+
+
+def holder_of(module: nn.Module, frames: Iterable[FrameType]) -> nn.Module:
+    """The outermost module that is held by a variable of the user's code, or by an attribute of one, and that
+    ``module`` is a part of; by default ``module`` itself."""
+    holder = module
+    for frame in frames:
+        if is_library(frame.f_code.co_filename):
+            continue
+        values = list(frame.f_locals.values())
+        values += [one for value in values if _is_users(value) for one in vars(value).values()]
+        for value in values:
+            if issubclass(type(value), nn.Module) and value is not holder and is_part(holder, value):
+                holder = value
+    return holder
+
+
+def _is_users(value: Any) -> bool:
+    """Whether it is an object of a class of the user's own."""
+    kind = type(value)
+    code = getattr(getattr(kind, "__init__", None), "__code__", None)
+    return code is not None and not is_library(code.co_filename) and hasattr(value, "__dict__")
+
+
+def is_like(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
+    """Whether an optimizer holds none of ``module``'s parameters, but as many of the same shapes."""
+    info = examine_optimizer(optimizer, module)
+    return info.alike and not info.of_model and info.parameters > 0
 
 
 def optimizers_of(module: nn.Module) -> list[torch.optim.Optimizer]:

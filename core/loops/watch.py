@@ -20,7 +20,16 @@ from torch._guards import TracingContext
 
 from ampcheck.checker import AmpChecker, FindingsError
 from ampcheck.loops.evaluation import FirstEvaluation
-from ampcheck.loops.shown import held_by, optimizers_of, precision_of, precision_with, scaler_of
+from ampcheck.loops.shown import (
+    held_by,
+    holder_of,
+    is_like,
+    is_part,
+    optimizers_of,
+    precision_of,
+    precision_with,
+    scaler_of,
+)
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, undo
 from ampcheck.observe.probes.listening import Listening
@@ -116,6 +125,8 @@ class watch:
         self._training = ExitStack()
         self._evaluation = FirstEvaluation(self._checker, self._roots, self._evaluation_began, self._contained)
         self._outermost: nn.Module | None = None
+        self._attached: nn.Module | None = None
+        self._strangers: list[torch.optim.Optimizer] = []
         self._step: _Step | None = None
         self._stepped_elsewhere: set[int] = set()
         self._fault: Exception | None = None
@@ -179,7 +190,8 @@ class watch:
                 self._let_go()
             finally:
                 self._checker.detach()
-                self._model = self._outermost = self._scaler = None
+                self._model = self._outermost = self._attached = self._scaler = None
+                self._strangers = []
                 self._optimizers, self._known, self._shown = [], [], (Precision(), None)
 
     def _end_if_complete(self, exc: BaseException) -> None:
@@ -248,8 +260,9 @@ class watch:
             if not self._begins_training(module):
                 return
             self._outermost = module
-            self._attach(module)
-        elif module is not self._outermost or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            frames = (frame for frame, _ in walk_stack(sys._getframe(1)))
+            self._attach(self._model if self._model is not None else holder_of(module, frames))
+        elif not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1 or not self._is_model(module):
             return
         elif step is not None:
             if step.watched.inside_model:
@@ -260,13 +273,23 @@ class watch:
             self._end_step()
         self._next_step(module)
 
+    def _is_model(self, module: nn.Module) -> bool:
+        """Whether this is a call of the model: of what was called first, or of what that turns out to be a part of."""
+        if module is self._outermost:
+            return True
+        inside = self._step is not None and self._step.watched.inside_model
+        if inside or self._outermost is None or not is_part(self._outermost, module):
+            return False
+        self._outermost = module
+        return True
+
     def _next_step(self, module: nn.Module) -> None:
         self._state = _State.BETWEEN
         if self._checker.watching:
             watched = self._checker.training_step(self._autocast)
             if isinstance(watched, WatchedStep):
                 self._autocast.waiting = False
-                own = {id(parameter) for parameter in module.parameters()}
+                own = {id(parameter) for parameter in (self._attached or module).parameters()}
                 equipped = any(own & held_by(optimizer) for optimizer in self._known)
                 self._state, self._step = _State.STEP, _Step(watched.__enter__(), equipped)
         else:
@@ -294,13 +317,18 @@ class watch:
         if not module.training or not torch.is_grad_enabled():
             return False
         if self._model is not None:
-            return unwrapped(module) is unwrapped(self._model)
+            whole = unwrapped(self._model)
+            if unwrapped(module) is whole:
+                return True
+            if not is_part(module, whole):
+                return False
         # Older PyTorch leaves modules in compiled code, and the first one it calls is not the outermost.
         if any(frame.f_code.co_filename.startswith("<eval_with_key>") for frame, _ in walk_stack(sys._getframe(1))):
             return False
         return any(parameter.requires_grad for parameter in module.parameters())
 
     def _attach(self, module: nn.Module) -> None:
+        self._attached = module
         self._known = self._optimizers or optimizers_of(module)
         self._stepped_elsewhere = set()
         scaler = self._scaler if self._scaler is not None else scaler_of(module)
@@ -321,8 +349,10 @@ class watch:
             return
         try:
             held = held_by(optimizer)
-            if self._outermost is None or held.isdisjoint(map(id, self._outermost.parameters())):
+            if self._attached is None or held.isdisjoint(map(id, self._attached.parameters())):
                 self._stepped_elsewhere |= held
+                if self._step is not None and not self._known and optimizer not in self._strangers:
+                    self._strangers.append(optimizer)
             elif self._step is not None:
                 self._step.optimized = True
         except Exception as error:  # noqa: BLE001
@@ -330,6 +360,11 @@ class watch:
 
     def _end_step(self, exc: BaseException | None = None) -> None:
         self._take_scaler()
+        if self._attached is not None:
+            alike = [optimizer for optimizer in self._strangers if is_like(optimizer, self._attached)]
+            if alike:
+                self._checker.optimized_by(alike)
+        self._strangers = []
         step, self._step = self._step, None
         if step is not None:
             self._state = _State.BETWEEN
@@ -341,7 +376,8 @@ class watch:
 
     def _roots(self) -> tuple[nn.Module, ...]:
         """The module that the loop calls, and the user's own module inside its wrappers."""
-        return (self._outermost, unwrapped(self._outermost)) if self._outermost is not None else ()
+        called = [one for one in (self._outermost, self._attached) if one is not None]
+        return tuple(root for one in called for root in (one, unwrapped(one)))
 
     def _evaluation_began(self) -> None:
         if self._step is not None and self._step.optimized:

@@ -174,7 +174,7 @@ def precision_by_policy(model: ModelInfo, declared: Precision, scaler: bool) -> 
 
 def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerInfo:
     """Describe the optimizer, and how far its parameters are the model's."""
-    own = {id(parameter) for parameter in model.parameters()}
+    own = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # Inside `torch.func.functional_call` other tensors stand in for the parameters: their owner is unknown.
     swapped = not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
@@ -185,6 +185,8 @@ def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Opt
         dict(Counter(dtype_name(parameter.dtype) for parameter in held)),
         bool(getattr(optimizer, "_step_supports_amp_scaling", False)),
         _shapes(held) == _shapes(parameter for parameter in model.parameters() if parameter.requires_grad),
+        frozenset(own[id(parameter)] for parameter in held if id(parameter) in own),
+        tuple(tuple(p.shape) for p in held if id(p) not in own and not swapped and type(p) not in _LAZY),
     )
 
 

@@ -1,9 +1,12 @@
 """What more than one rule reads off a trace."""
 
+import re
 from collections import Counter
 
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.trace import AutocastRegion, ModelInfo, StepTrace, TensorInfo, Trace
+
+_LOSS = re.compile("(?i)loss|criterion")
 
 
 def trainable(model: ModelInfo) -> list[TensorInfo]:
@@ -15,16 +18,30 @@ def in_force(step: StepTrace | None) -> Counter[str]:
     return Counter(step.in_force) if step else Counter()
 
 
+def around_losses_only(step: StepTrace) -> list[str]:
+    """The types of the losses that ran under autocast, where nothing else did."""
+    inside = [call for call in step.forward if call.autocast.enabled]
+    losses = [call.type for call in inside if call.module is None and _LOSS.search(call.type)]
+    return list(dict.fromkeys(losses)) if len(losses) == len(inside) else []
+
+
 def scaling(trace: Trace) -> bool:
     return trace.scaler is not None and trace.scaler.enabled
 
 
 def wants_mixed(trace: Trace) -> bool:
-    """Whether mixed precision is declared or, where the user declared nothing, shown by a scaler or by autocast in
-    force."""
+    """Whether mixed precision is declared or, where the user declared nothing, shown by a scaler or by autocast."""
     precision = trace.precision
     undeclared = precision.mode == "unknown" or not precision.explicit
-    return precision.mixed or (undeclared and (scaling(trace) or bool(in_force(trace.training))))
+    return precision.mixed or (undeclared and (scaling(trace) or bool(in_force(trace.training)) or _enters(trace)))
+
+
+def _enters(trace: Trace) -> bool:
+    """Whether the user's own code enters autocast for the model's device in the training step, around whatever."""
+    model, step = trace.model, trace.training
+    if model is None or step is None:
+        return False
+    return any(region.enabled and region.by_user and region.is_for(model.device_type) for region in step.regions)
 
 
 def casts_by_policy(trace: Trace) -> bool:

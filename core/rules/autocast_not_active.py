@@ -1,6 +1,15 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._facts import casts_by_policy, covered, in_force, misplaced_regions, trainable, wants_mixed
+from ampcheck.rules._facts import (
+    around_losses_only,
+    casts_by_policy,
+    covered,
+    in_force,
+    misplaced_regions,
+    scaling,
+    trainable,
+    wants_mixed,
+)
 from ampcheck.rules._words import count, place, places, some
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import AutocastRegion, Trace
@@ -52,12 +61,14 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
         source = f" by {precision.source}" if precision.source else ""
         asked = f"Mixed {precision.dtype or 'precision'} was asked for{source}"
     elif wants_mixed(trace) and any(parameter.dtype == "float32" for parameter in trainable(model)):
-        asked = "An enabled gradient scaler shows that mixed precision was wanted"
+        wanted = "An enabled gradient scaler" if scaling(trace) else "An autocast region"
+        asked = f"{wanted} shows that mixed precision was wanted"
     else:
         return
     calls = sum(call.count for call in step.forward)
     misplaced = misplaced_regions(trace)
-    if not calls or in_force(step) or (misplaced and covered(step, misplaced) >= 0.5):
+    only_losses = around_losses_only(step)
+    if not calls or (in_force(step) and not only_losses) or (misplaced and covered(step, misplaced) >= 0.5):
         return
     regions = tuple({(r.device_type, r.enabled, r.site): r for r in step.regions}.values())
     entered = f" Autocast was entered {some(_spelled(region) for region in regions)}." if regions else ""
@@ -67,12 +78,15 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
         region.enabled and region.is_for(model.device_type) and region.index not in around_calls
         for region in step.regions
     )
+    # What is entered around the loss was meant for the model.
+    doubtful = around_nothing or model.compiled or (not precision.explicit and not only_losses)
     yield Evidence(
-        f"{asked}, but none of the {count(calls, 'module call')} of the training step ran under autocast."
+        f"{asked}, but none of the {count(calls, 'module call')} of the training step ran under autocast"
+        f"{f', only {some(only_losses)}' if only_losses else ''}."
         f"{entered}{unseen}",
         sites=places(region.site for region in regions),
         data={"module_calls": calls, "asked_dtype": precision.dtype},
-        severity=Severity.WARNING if around_nothing or model.compiled or not precision.explicit else None,
+        severity=Severity.WARNING if doubtful else None,
     )
 
 

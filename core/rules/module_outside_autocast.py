@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._facts import in_force
+from ampcheck.rules._facts import around_losses_only, in_force
 from ampcheck.rules._words import count, place, places, some
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import AutocastRegion, ModuleCall, Site, StepTrace, Trace
@@ -43,7 +43,7 @@ def module_outside_autocast(trace: Trace) -> Iterator[Evidence]:
     assert trace.training is not None
     step = trace.training
     on = in_force(step)
-    if not on:
+    if not on or around_losses_only(step):
         return
     entered = {call.module for call in step.forward if call.autocast.enabled and call.module is not None}
     enclosing = {outer for name in entered for outer in _around(name)}

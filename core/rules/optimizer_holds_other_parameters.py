@@ -1,10 +1,11 @@
+from collections import Counter
 from collections.abc import Iterator
 
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.rules._facts import trainable
-from ampcheck.rules._words import count, some
+from ampcheck.rules._words import be, count, some
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Trace
+from ampcheck.trace import OptimizerInfo, TensorInfo, Trace
 
 
 @rule(
@@ -45,7 +46,10 @@ def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
     assert trace.model is not None
     optimizers = [optimizer for optimizer in trace.optimizers if optimizer.parameters]
     parameters = trainable(trace.model)
-    if not optimizers or not parameters or any(optimizer.of_model for optimizer in optimizers):
+    if not optimizers or not parameters:
+        return
+    if any(optimizer.of_model for optimizer in optimizers):
+        yield from _replaced(optimizers, parameters)
         return
     master_copies = all(set(optimizer.dtypes) == {"float32"} for optimizer in optimizers)
     if master_copies and all(parameter.dtype in LOW_PRECISION for parameter in parameters):
@@ -59,4 +63,21 @@ def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
             "optimizers": {optimizer.type: optimizer.parameters for optimizer in optimizers},
         },
         severity=None if any(optimizer.alike for optimizer in optimizers) else Severity.WARNING,
+    )
+
+
+def _replaced(optimizers: list[OptimizerInfo], parameters: list[TensorInfo]) -> Iterator[Evidence]:
+    """Part of the model was replaced after the optimizer was made, which holds as many parameters of what was there."""
+    held = frozenset[str]().union(*(optimizer.names for optimizer in optimizers))
+    missing = [parameter for parameter in parameters if parameter.name not in held]
+    others = [shape for optimizer in optimizers for shape in optimizer.others]
+    if not missing or Counter(map(len, others)) != Counter(len(parameter.shape) for parameter in missing):
+        return
+    names = [parameter.name for parameter in missing]
+    yield Evidence(
+        f"No optimizer holds {some(names)}, which {be(len(names))} trainable. The optimizer holds "
+        f"{count(len(others), 'parameter')} instead that {be(len(others))} not the model's.",
+        data={"missing": names, "others": len(others)},
+        severity=Severity.WARNING,
+        fix="Create the optimizer from `model.parameters()` after the last change to the model's modules.",
     )

@@ -55,7 +55,8 @@ class OptimizerInfo:
     """An optimizer: how many parameter tensors it holds, how many of them are the model's, and their dtypes.
 
     ``unscales``: it divides by the loss scale itself, as fused ones do, and takes float16 gradients. ``alike``: the
-    shapes of its parameters are those of the model's trainable ones, as of a copy.
+    shapes of its parameters are those of the model's trainable ones, as of a copy. ``names`` are those of its
+    parameters that are the model's, ``others`` the shapes of those that are not.
     """
 
     type: str
@@ -64,6 +65,8 @@ class OptimizerInfo:
     dtypes: Mapping[str, int] = field(default_factory=dict)
     unscales: bool = False
     alike: bool = True
+    names: frozenset[str] = frozenset()
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
