@@ -1,4 +1,4 @@
-"""A line that writes to a tensor in place, as it reads without the write."""
+"""A line that writes to a tensor in place, rewritten without the write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import TypeGuard
 
-# Methods whose result does not depend on what they overwrite: they have no twin without the underscore.
+# The result of these methods does not depend on what they overwrite: they have no twin without the underscore.
 _NO_TWIN = re.compile(
     "(bernoulli|cauchy|copy|exponential|fill|geometric|index_put|log_normal|normal|random|set|uniform|zero)_"
 )
@@ -16,15 +16,15 @@ _TIGHT = (ast.Mult, ast.Div, ast.MatMult, ast.FloorDiv, ast.Mod, ast.Pow)
 
 
 def out_of_place(code: str, op: str, *, whole: bool) -> str | None:
-    """The statement ``code`` without its write by ``op`` (``mul_``; empty: any); two lines where the write goes to a
-    copy. ``whole``: it writes to all of the tensor, not to a part that an index names. ``None`` where the line alone
-    does not say how."""
+    """The statement ``code`` without its write by ``op`` (``mul_``; empty: any), or ``None`` if the line alone does not
+    say how. It becomes two lines if the write goes to a copy. ``whole``: it writes to the whole tensor, not to an
+    indexed part."""
     line = _Line.of(code)
     return line.out_of_place(op, whole=whole) if line is not None else None
 
 
 def copied_argument(code: str, called: str) -> str | None:
-    """The statement ``code``, which calls ``called`` on a name, with a copy: ``self.act(x.clone())``."""
+    """The statement ``code``, which calls ``called`` on a name, on a copy instead: ``self.act(x.clone())``."""
     line = _Line.of(code)
     return line.copied_argument(called) if line is not None else None
 
@@ -73,7 +73,7 @@ class _Line:
         return self._replaced(argument, f"{self._text(argument)}.clone()") if named else None
 
     def _writing_calls(self, op: str) -> Iterator[ast.Call]:
-        """The calls that write: those of ``op`` first, of a chain the outermost."""
+        """The calls that write, those of ``op`` first; of a chain, the outermost call."""
         calls = [node for node in ast.walk(self._statement) if isinstance(node, ast.Call) and _writes(node)]
         inner = {id(link) for call in calls for link in _chain(call) if link is not call}
         outer = [call for call in calls if id(call) not in inner]
@@ -92,7 +92,7 @@ class _Line:
         return f"{name} = {name} {sign} {value}{self._after(statement)}"
 
     def _to_copy(self, written: ast.expr) -> str | None:
-        """Two lines: a copy, and the write to it."""
+        """Two lines: make a copy, and write to it."""
         base = _without_data(written)
         while isinstance(base, ast.Subscript):
             base = _without_data(base.value)
@@ -114,7 +114,7 @@ class _Line:
         return self._assigned(call, given, made) if given is not None and named else self._replaced(call, made)
 
     def _assigned(self, call: ast.Call, target: ast.expr, made: str) -> str | None:
-        """The statement with ``made`` in place of ``call``, and its result under the name that was written to."""
+        """The statement with ``made`` in place of ``call``, and its result assigned to ``target``."""
         statement = self._statement
         if not isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
             return None
@@ -129,7 +129,7 @@ class _Line:
         return self._replaced(call, f"({name} := {made})") if isinstance(target, ast.Name) else None
 
     def _without_underscores(self, call: ast.Call) -> str:
-        """A chain of calls by their twins, and without the ``.data`` that it begins with."""
+        """A chain of calls with each call replaced by its twin, without a leading ``.data``."""
         cuts: list[tuple[int, int]] = []
         for link in _chain(call):
             end = self._end(link.func)
@@ -149,7 +149,7 @@ class _Line:
         return self._cut(0, len(self._code), found)
 
     def _dropped(self, call: ast.Call, keyword: ast.keyword) -> str:
-        """``call`` without one of its keywords and the comma ahead of it, or behind it."""
+        """``call`` without one of its keywords and the comma before or after it."""
         first, last = self._start(keyword), self._end(keyword)
         ahead = self._code[:first].rstrip()
         if ahead.endswith(b","):
@@ -203,7 +203,7 @@ def _name(call: ast.Call) -> str:
 
 
 def _worked_on(call: ast.Call) -> ast.expr:
-    """What a method is called on; of a function that writes to its first argument, ``F.relu_(x)``, that."""
+    """What a method is called on, or the first argument of a function that writes to it, such as ``F.relu_(x)``."""
     root: ast.expr = call.func
     while isinstance(root, ast.Attribute):
         root = root.value
@@ -221,19 +221,19 @@ def _chain(call: ast.Call) -> Iterator[ast.Call]:
 
 
 def _begins_with(call: ast.Call) -> ast.expr:
-    """What a chain of calls begins with, whatever they do: ``x`` of ``x.view(-1).mul_(2)``."""
+    """What a chain of calls begins with: ``x`` of ``x.view(-1).mul_(2)``."""
     return _worked_on(list(_chain(call))[-1])
 
 
 def _written(call: ast.Call) -> ast.expr | None:
-    """What a chain begins with, where all its calls write to that."""
+    """What a chain begins with, if all its calls write to it."""
     base = _without_data(_begins_with(call))
     named = isinstance(base, (ast.Name, ast.Attribute, ast.Subscript))
     return base if named and all(_is_in_place_name(_name(link)) for link in _chain(call)) else None
 
 
 def _without_data(node: ast.expr) -> ast.expr:
-    """A write through ``.data`` is a write to the tensor itself."""
+    """``x`` of ``x.data``: a write through ``.data`` is a write to the tensor itself."""
     while _is_data(node):
         node = node.value
     return node

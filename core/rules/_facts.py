@@ -1,4 +1,4 @@
-"""What more than one rule reads off a trace."""
+"""What several rules read off a trace."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ def trainable(model: ModelInfo) -> list[TensorInfo]:
 
 
 def in_force(step: StepTrace | None) -> Counter[str]:
-    """``StepTrace.in_force`` of a step that may not have been seen."""
+    """``StepTrace.in_force``, empty for a step that was not watched."""
     return Counter(step.in_force) if step else Counter()
 
 
@@ -30,7 +30,7 @@ def scaling(trace: Trace) -> bool:
 
 
 def wants_mixed(trace: Trace) -> bool:
-    """Whether mixed precision is declared or, where the user declared nothing, shown by a scaler or by autocast."""
+    """Whether mixed precision is declared or, if the user declared nothing, whether a scaler or autocast shows it."""
     precision = trace.precision
     undeclared = precision.mode == "unknown" or not precision.explicit
     return precision.mixed or (undeclared and (scaling(trace) or bool(in_force(trace.training)) or _enters(trace)))
@@ -55,8 +55,8 @@ def optimized(trace: Trace, dtype: str) -> bool:
 
 
 def misplaced_regions(trace: Trace) -> tuple[AutocastRegion, ...]:
-    """The regions that asked for autocast and gave the model none: they are for another device type, or torch switched
-    them off. None where autocast was on for the model's device type anywhere in the training step.
+    """The regions that asked for autocast but gave the model none: they are for another device type, or torch switched
+    them off. Empty if autocast was on for the model's device type anywhere in the training step.
     """
     model, step = trace.model, trace.training
     if model is None or step is None or in_force(step):
@@ -67,7 +67,7 @@ def misplaced_regions(trace: Trace) -> tuple[AutocastRegion, ...]:
 
 
 def covered(step: StepTrace, regions: tuple[AutocastRegion, ...]) -> float:
-    """The share of the module calls of the forward pass that ran inside one of ``regions``."""
+    """The share of the forward pass's module calls that ran inside one of ``regions``."""
     indices = {region.index for region in regions}
     inside = sum(call.count for call in step.forward if any(r.index in indices for r in step.around(call.region)))
     return inside / max(1, sum(call.count for call in step.forward))

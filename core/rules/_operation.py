@@ -1,11 +1,11 @@
-"""What the rules about operations that failed have in common: their words, their evidence and their ways out."""
+"""What the rules about failed operations share: messages, evidence and fixes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.rules._reason import Why, device_type
-from ampcheck.rules._words import attribute, place, places, sentence
+from ampcheck.rules._words import attribute, cast_of, place, places, sentence
 from ampcheck.trace import CustomFunction, FailedOperand, FailedOperation, Failure, Site
 
 _SHORT = 60
@@ -76,8 +76,8 @@ def _data_of_operand(operand: FailedOperand) -> dict[str, Any]:
 
 
 def told_by(operation: FailedOperation) -> str | None:
-    """Which rule tells of the crash, where it is in a custom function: the reader is told once, by the rule that knows
-    of the function."""
+    """The rule that reports a crash in a custom function. It knows the function, so the other rules leave the crash to
+    it."""
     function = operation.function
     return "AMP205" if function is not None and function.cast_inputs is None else None
 
@@ -93,7 +93,7 @@ def sites_of(failure: Failure, operation: FailedOperation, *more: Site | None) -
 
 
 def cast_fix(operation: FailedOperation, why: Why) -> str:
-    """Up to two ways out for operands that do not agree, in the names of this crash."""
+    """Up to two fixes for operands with different dtypes, in the names of this crash."""
     if why.fix:
         return why.fix
     operands, function = operation.operands, operation.function
@@ -103,45 +103,44 @@ def cast_fix(operation: FailedOperation, why: Why) -> str:
     if why.reason == "custom-function" and function is not None:
         return function_fix(function, device)
     if why.reason == "parameter-not-float32":
-        cast = next((operand.name for operand in high if not operand.stored), "the input")
-        weight = next(operand.name for operand in low if operand.stored)
-        casting = f"`{cast}.to({attribute(weight)}.dtype)`"
-        return f"Keep {weight} float32 and let autocast cast it, or cast the input: {casting}."
+        weight = next(operand for operand in low if operand.stored)
+        given = next((operand for operand in high if not operand.stored), None)
+        method = f".to(torch.{weight.dtype})"
+        casting = cast_of(given, method) if given is not None else f"`{method}`"
+        return f"Keep {weight.name} float32 and let autocast cast it, or cast the input: {casting}."
     casting = _cast_call(low, high)
     if why.reason == "autocast-disabled-here":
-        return f"{casting}, or leave the region{place(why.site)} out so that autocast casts for it."
+        return f"{casting}, or remove the region{place(why.site)} so that autocast casts."
     if why.reason == "float64-operand":
-        double = [operand.name for operand in operands if operand.dtype == "float64"]
-        return (
-            "Cast to float32 before it, or where it is made: " + ", ".join(f"`{name}.float()`" for name in double) + "."
-        )
+        double = [cast_of(operand, ".float()") for operand in operands if operand.dtype == "float64"]
+        return f"Cast to float32 first, or where it is made: {', '.join(double)}."
     if why.reason == "autocast-never-entered":
         entered = next((operand.dtype for operand in low if not operand.stored), "float16")
         casting = casting[:1].lower() + casting[1:]
-        return f"Run it inside `with torch.autocast({device!r}, dtype=torch.{entered}):`, or {casting}."
+        return f"Run the call inside `with torch.autocast({device!r}, dtype=torch.{entered}):`, or {casting}."
     if why.reason == "other-thread":
-        return f"Enter `torch.autocast({device!r}, ...)` inside the function that the thread runs."
+        return f"Enter `with torch.autocast({device!r}, ...):` inside the function that the thread runs."
     return f"{casting}."
 
 
 def _cast_call(low: Sequence[FailedOperand], high: Sequence[FailedOperand]) -> str:
-    """Cast what is easily cast: the activations to float32, or the tensor that was forgotten among casts."""
+    """Cast what is easy to cast: the activations to float32, or the one tensor that the line's casts left out."""
     stored = [operand for operand in high if operand.stored]
     if stored and any(operand.expression is not None for operand in low):
         names = " and ".join(attribute(operand.name) for operand in stored)
         like = next((operand.name for operand in low if operand.expression is None), "x")
-        return f"Cast {names} as the others are: `.to({like}.dtype)`"
-    made = [operand.name for operand in low if not operand.stored and not operand.library]
+        return f"Cast {names} like the others: `.to({like}.dtype)`"
+    made = [cast_of(operand, ".float()") for operand in low if not operand.stored and not operand.library]
     if made:
-        return "Cast to float32 before it: " + ", ".join(f"`{name}.float()`" for name in made)
-    return "Give all operands one dtype before it"
+        return f"Cast to float32 first: {', '.join(made)}"
+    return "Give all operands one dtype first"
 
 
 def function_fix(function: CustomFunction, device: str) -> str:
     """The decorators a custom function needs."""
     if function.setup_context:
         return (
-            f"Make `{function.name}.forward` take `ctx` (drop `setup_context`) and decorate it with "
+            f"Make `{function.name}.forward` take `ctx` (remove `setup_context`) and decorate it with "
             f"`@torch.amp.custom_fwd(device_type={device!r}, cast_inputs=torch.float32)`."
         )
     if function.method == "backward":

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.rules._facts import casts_by_policy
-from ampcheck.rules._words import attribute, be, place, sentence
+from ampcheck.rules._words import be, cast_of, place, sentence
 from ampcheck.trace import (
     CustomFunction,
     DtypeMismatch,
@@ -35,8 +35,7 @@ Reason = Literal[
 
 
 class Why(NamedTuple):
-    """One of the reasons of the report's format, in words, the line behind it, and the way out where it is this
-    reason's own."""
+    """A reason of the report's format, in words, with the line behind it and a fix if this reason has its own."""
 
     reason: Reason
     words: str
@@ -45,12 +44,12 @@ class Why(NamedTuple):
 
 
 def why_autocast_did_not_act(trace: Trace, failure: Failure, mismatch: DtypeMismatch) -> Why:
-    """Nothing is guessed: the source around the crash decides, then the step that was watched or replayed; what
-    neither of them settles is ``unknown``."""
+    """Why autocast did not act, without guessing: the source around the crash decides, then the step that was watched
+    or replayed. What neither of them settles is ``unknown``."""
     operation = mismatch.operation
     if operation.in_place or operation.out:
         how = "writes in place" if operation.in_place else "writes to `out=`"
-        return Why("in-place-or-out", f"the operation {how}, and autocast never casts for such a one")
+        return Why("in-place-or-out", f"the operation {how}, and autocast never casts for that")
     sharded = _by_policy(trace, operation)
     if sharded is not None:
         return sharded
@@ -61,38 +60,38 @@ def why_autocast_did_not_act(trace: Trace, failure: Failure, mismatch: DtypeMism
     ]
     if low:
         names = ", ".join(operand.name for operand in low)
-        return Why("parameter-not-float32", f"{names} {be(len(low))} {low[0].dtype} already")
+        return Why("parameter-not-float32", f"{names} {be(len(low))} already {low[0].dtype}")
     if operation.function is not None:
         return Why("custom-function", _function_words(operation.function), operation.function.site)
     if operation.thread:
-        return Why("other-thread", "autocast is entered for one thread, and this line ran in another")
+        return Why("other-thread", "autocast is on in one thread only, and this line ran in another")
     return (
         _by_death(trace, failure, mismatch)
         or _by_source(mismatch)
         or _by_habit(trace, failure, mismatch)
-        or Why("unknown", "why autocast did not act could not be told")
+        or Why("unknown", "the reason is unknown")
     )
 
 
 def _by_policy(trace: Trace, operation: FailedOperation) -> Why | None:
-    """By the policies of a sharded model: what they cast parameters to, the inputs of some module are not."""
+    """By the policies of a sharded model: they cast the parameters of a module but not its inputs, or neither."""
     stored = next((operand for operand in operation.operands if operand.stored == "parameter"), None)
     given = next((operand for operand in operation.operands if not operand.stored), None)
     if stored is None or given is None or trace.model is None or not casts_by_policy(trace):
         return None
     module = stored.name.rpartition(".")[0]
     policy = trace.model.policy_of(module)
-    cast = f"`{given.name}.to({attribute(stored.name)}.dtype)`"
+    cast = cast_of(given, f".to(torch.{stored.dtype})")
     owner = f"`{policy.module}`" if policy is not None and policy.module else "the model itself"
     if policy is not None and policy.dtype == stored.dtype:
-        how = "" if policy.casts_inputs else ", and cast_forward_inputs=False leaves its inputs as they come"
-        words = f"{policy.source} of {owner} makes {stored.name} {policy.dtype}{how}"
-        drop = "" if policy.casts_inputs else "drop `cast_forward_inputs=False` from the policy, or "
+        how = "" if policy.casts_inputs else ", and cast_forward_inputs=False does not cast its inputs"
+        words = f"{policy.source} of {owner} casts {stored.name} to {policy.dtype}{how}"
+        drop = "" if policy.casts_inputs else "remove `cast_forward_inputs=False` from the policy, or "
         way = sentence(f"{drop}cast the input: {cast}")
     elif stored.dtype == "float32" and (policy is None or policy.dtype is None):
         lacks = f"{owner} is sharded without a policy" if policy is not None else f"no policy covers {module}"
-        words = f"{lacks}, so that {stored.name} stays float32 and its inputs as they come"
-        way = f"Give `fully_shard(...)` the `mp_policy=` of the rest for {owner if policy else module}, or cast: {cast}"
+        words = f"{lacks}, so {stored.name} stays float32 and nothing casts its inputs"
+        way = f"Pass the `mp_policy=` of the rest to `fully_shard(...)` of {owner if policy else module}, or {cast}"
     else:
         return None
     return Why("sharding-policy", words, None, f"{way}.")
@@ -101,15 +100,15 @@ def _by_policy(trace: Trace, operation: FailedOperation) -> Why | None:
 def _function_words(function: CustomFunction) -> str:
     name = f"`{function.name}.{function.method}`"
     if function.method == "backward":
-        lacks = "" if function.custom_bwd else ", which `custom_bwd` does not decorate"
-        return f"{name} is the backward of a custom autograd.Function{lacks}: autocast is off there"
+        lacks = "" if function.custom_bwd else " without `custom_bwd`"
+        return f"{name} is the backward of a custom autograd.Function{lacks}, and autocast is off there"
     if function.custom_fwd and function.cast_inputs is None:
-        return f"`custom_fwd` decorates {name} without `cast_inputs`, and so casts nothing"
-    return f"{name} belongs to a custom autograd.Function, whose inputs nobody casts"
+        return f"`custom_fwd` decorates {name} without `cast_inputs`, so it casts nothing"
+    return f"{name} belongs to a custom autograd.Function, and nothing casts its inputs"
 
 
 def _by_death(trace: Trace, failure: Failure, mismatch: DtypeMismatch) -> Why | None:
-    """By what the step that died showed: the regions that the exception left, and the call it ended."""
+    """By what the failed step showed: the regions that the exception left, and the call that it ended."""
     step = _step(trace, failure)
     if step is None:
         return None
@@ -125,14 +124,14 @@ def _by_death(trace: Trace, failure: Failure, mismatch: DtypeMismatch) -> Why | 
         return _while_on(mismatch)
     if call is None and step.died_of not in raised:
         return None
-    # A region that was entered before the watch began is seen in the calls alone.
+    # Of a region that was entered before the watch began, only the calls show anything.
     if call is None and any(one.region is None and one.autocast.enabled for one in step.calls):
         return None
     return _never_entered(device, [region.device_type for region in around], around[0].site if around else None)
 
 
 def _by_source(mismatch: DtypeMismatch) -> Why | None:
-    """By the `with` statements whose blocks hold the crash."""
+    """By the ``with`` statements around the crash."""
     operation = mismatch.operation
     device, around = device_type(operation.operands), operation.regions
     acting = next((region for region in around if region.device_type in (device, None)), None)
@@ -149,7 +148,7 @@ def _by_source(mismatch: DtypeMismatch) -> Why | None:
 
 
 def _by_habit(trace: Trace, failure: Failure, mismatch: DtypeMismatch) -> Why | None:
-    """By the module's calls in an earlier step that was watched, where they agree."""
+    """By the module's calls in an earlier watched step, if they agree."""
     step = _step(trace, failure)
     calls = _calls(step, failure) if step is not None else []
     if step is None or len({(call.autocast.enabled, call.region) for call in calls}) != 1:
@@ -166,24 +165,24 @@ def _by_habit(trace: Trace, failure: Failure, mismatch: DtypeMismatch) -> Why | 
 
 
 def _while_on(mismatch: DtypeMismatch) -> Why:
-    """Autocast was on, and did not act all the same."""
+    """Why autocast did not act although it was on."""
     operation = mismatch.operation
     if operation.autocast_rule is False:
-        return Why("op-unknown-to-autocast", f"autocast is on, and has no rule for {operation.op}")
+        return Why("op-unknown-to-autocast", f"autocast is on, but it has no rule for {operation.op}")
     double = [operand for operand in operation.operands if operand.dtype == "float64"]
     if double and "float64" in operation.dtypes:
-        words = f"autocast is on, and never casts float64, which {_together(double)} {be(len(double))}"
+        words = f"autocast is on, but it never casts float64, and {_together(double)} {be(len(double))} float64"
         return Why("float64-operand", words)
     cast = [operand for operand in operation.operands if operand.stored == "parameter"]
     if cast and set(operation.dtypes) >= LOW_PRECISION:
-        words = "autocast keeps its casts until the outermost region ends, and had made one of "
-        words += f"{_together(cast)} in another dtype"
-        return Why("cached-cast", words, None, "Give all regions one dtype, or this one `cache_enabled=False`.")
+        words = "autocast caches its casts until the outermost region ends, and it had cached a cast of "
+        words += f"{_together(cast)} to another dtype"
+        return Why("cached-cast", words, None, "Use one dtype in all regions, or pass this one `cache_enabled=False`.")
     if mismatch.promotes:
         low = sorted({operand.dtype for operand in operation.operands if operand.dtype in LOW_PRECISION})
         words = f"it refuses {' or '.join(low) or 'a dtype that is not its own'} here"
-        return Why("promotion-refused", words, None, "Cast to float32 before it, or give all regions one dtype.")
-    return Why("unknown", "autocast was on, and why it did not act could not be told")
+        return Why("promotion-refused", words, None, "Cast to float32 first, or use one dtype in all regions.")
+    return Why("unknown", "autocast was on, and the reason is unknown")
 
 
 def _together(operands: Iterable[FailedOperand]) -> str:
@@ -197,9 +196,9 @@ def _disabled(site: Site | None) -> Why:
 def _never_entered(device: str, others: Sequence[str], site: Site | None) -> Why:
     if others:
         names = ", ".join(sorted(set(others)))
-        words = f"the region around it is for {names}, and the operands are on {device}"
+        words = f"the region around this line is for {names}, but the operands are on {device}"
         return Why("autocast-never-entered", words, site)
-    return Why("autocast-never-entered", "no autocast region is around it")
+    return Why("autocast-never-entered", "no autocast region surrounds this line")
 
 
 def _step(trace: Trace, failure: Failure) -> StepTrace | None:
@@ -213,11 +212,11 @@ def _calls(step: StepTrace, failure: Failure) -> list[ModuleCall]:
 
 
 def _ended_call(step: StepTrace, failure: Failure) -> ModuleCall | None:
-    """The call of the module that did not return: it has no outputs."""
+    """The call of the module that did not return: the last one without outputs."""
     return next((call for call in reversed(_calls(step, failure)) if not call.outputs), None) if step.complete else None
 
 
 def device_type(operands: Iterable[FailedOperand]) -> str | None:
-    """The device type of the operands, where they are on one."""
+    """The device type of the operands, if they share one."""
     devices = {operand.device_type for operand in operands if operand.device_type}
     return devices.pop() if len(devices) == 1 else None

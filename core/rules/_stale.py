@@ -1,4 +1,4 @@
-"""What the rules about saved tensors have in common: the tensor, its sites and the ways out, in words."""
+"""What the rules about saved tensors share: the tensor in words, its sites and the fixes."""
 
 import re
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ _COMMENT = re.compile(r"\s+#[^'\"]*$")
 
 
 def found_by_pytorch(trace: Trace) -> tuple[StaleTensor, ...]:
-    """The stale tensors behind the failure, the one it was raised for first."""
+    """The stale tensors behind the failure, first the one that PyTorch raised for."""
     found = trace.failure is not None and isinstance(trace.failure.facts, SavedTensorModified)
     if not found or trace.graph is None:
         return ()
@@ -29,7 +29,7 @@ def passed_by_pytorch(trace: Trace) -> tuple[StaleTensor, ...]:
 
 
 def cause(stale: StaleTensor) -> Cause:
-    """Whose write it was: an optimizer's, one to a buffer of the model, or any other."""
+    """What kind of write it was: an optimizer's, one to a buffer of the model, or any other."""
     if any(write.by == "optimizer" for write in stale.writes):
         return "optimizer"
     if stale.name and not stale.buffer and not stale.writes:
@@ -46,7 +46,7 @@ def plain_op(name: str | None) -> str:
 
 
 def saved_by(stale: StaleTensor) -> str:
-    """The op of the forward pass that saved it, by the name its users know."""
+    """The op of the forward pass that saved it, by the name that users know."""
     custom = re.fullmatch(r"(\w+)Backward", stale.node)
     if custom or stale.op is None:
         return custom[1] if custom else re.sub(r"Backward\d+$", "", stale.node)
@@ -67,7 +67,7 @@ def what(stale: StaleTensor) -> str:
 
 
 def sites_of(stale: StaleTensor) -> tuple[Site, ...]:
-    """The first lines that wrote, each once, and the save site."""
+    """The first three lines that wrote, each once, and the save site."""
     lines: dict[tuple[str, int], Site] = {}
     for site in places(write.site for write in stale.writes):
         lines.setdefault((site.file, site.line), site)
@@ -128,7 +128,7 @@ def written(write: Write) -> str:
 
 
 def as_write(site: Site) -> Site:
-    """The line that raised, where it is the line that writes."""
+    """The line that raised, as the line that writes."""
     return replace(site, role="write")
 
 
@@ -138,7 +138,7 @@ def statement(site: Site) -> str:
 
 
 class Remedy(NamedTuple):
-    """A fix in words, and as a line where it is one."""
+    """A fix in words, and as an edited line if it is one."""
 
     fix: str | None = None
     edit: Edit | None = None
@@ -150,9 +150,9 @@ def remedy(trace: Trace, stale: StaleTensor) -> Remedy:
     if write is None or write.site is None:
         return Remedy()
     if stale.name:
-        # What writes to a parameter means to.
+        # A write to a parameter is meant.
         return Remedy(
-            f"Move the write to {stale.name} at {write.site} behind the `backward()` that uses it, inside `with "
+            f"Move the write to {stale.name} at {write.site} after the `backward()` that uses it, inside `with "
             "torch.no_grad():`."
         )
     # `levels[i] += x` writes to a whole tensor of a list, `x[i] += y` to a part of a tensor.
@@ -163,17 +163,17 @@ def remedy(trace: Trace, stale: StaleTensor) -> Remedy:
 def without_write(
     trace: Trace, site: Site, op: str = "", library: Site | None = None, *, whole: bool = False
 ) -> Remedy:
-    """How to say the line of ``site`` without a write."""
+    """How to rewrite the line of ``site`` without the write."""
     after = out_of_place(site.code, op, whole=whole) if site.code else None
     if after is not None:
         first, _, second = after.partition("\n")
         fix = f"Write `{_COMMENT.sub('', first)}` at {site}."
         if second:
-            fix = f"Write to a copy: put `{first}` on a line of its own before {site}."
+            fix = f"Write to a copy: insert the line `{first}` before {site}."
         return Remedy(fix, Edit(site.file, site.line, site.code, after))
     kind = _inplace_type(trace, site.module)
     if kind is None or site.module is None:
-        return Remedy(f"Make a new tensor at {site}, or write to a copy: `.clone()`.")
+        return Remedy(f"Use the out-of-place operation at {site}, or write to a copy: `.clone()`.")
     fix = f"Build the {kind} `{site.module}`{f' ({library})' if library else ''} with `inplace=False`"
     after = copied_argument(site.code, site.module.rpartition(".")[2]) if site.code else None
     if after is None:
@@ -183,7 +183,7 @@ def without_write(
     )
 
 
-# The types of PyTorch's and others' modules that take `inplace=`.
+# The types of modules, PyTorch's and others', that take `inplace=`.
 _INPLACE = re.compile(r"(?i)(relu|elu|silu|swish|mish|hard(sigmoid|tanh)|threshold|drop(out|path)|activation)")
 
 

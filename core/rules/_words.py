@@ -2,23 +2,29 @@
 
 from collections.abc import Iterable
 
-from ampcheck.trace import Site
+from ampcheck.trace import FailedOperand, Site
 
 
 def count(number: int, noun: str) -> str:
-    """``1 parameter``, ``2 parameters``; of several words the first is counted: ``2 calls of it``."""
+    """``1 parameter``, ``2 parameters``; the noun before ``of`` gets the plural: ``2 calls of it``."""
     head, _, rest = noun.partition(" of ")
     return f"{number} {head}{'' if number == 1 else 's'}" + (f" of {rest}" if rest else "")
 
 
 def sentence(text: str) -> str:
-    """With a capital, but for a name that has none."""
+    """The text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 def attribute(name: str) -> str:
     """``self.weight`` of ``stem.conv.weight``."""
     return f"self.{name.rpartition('.')[2]}"
+
+
+def cast_of(operand: FailedOperand, method: str) -> str:
+    """```x.float()``` to paste, or words for an operand whose expression in the failing line is not known."""
+    known = operand.device is not None and not operand.stored
+    return f"`{operand.name}{method}`" if known else f"`{method}` on {operand.name}"
 
 
 def be(number: int) -> str:
@@ -31,7 +37,7 @@ def share(part: int, whole: int, noun: str) -> str:
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first names, and how many more there are: ``a, b, c and 4 more``."""
+    """The first names, and the number of the rest: ``a, b, c and 4 more``."""
     names = list(names)
     if len(names) > limit + 1:
         return f"{', '.join(names[:limit])} and {len(names) - limit} more"
@@ -39,7 +45,7 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 
 def place(site: Site | None) -> str:
-    """`` at train.py:12``, or nothing where the site is not known."""
+    """`` at train.py:12``, or nothing if the site is not known."""
     return f" at {site}" if site else ""
 
 

@@ -8,20 +8,20 @@ from ampcheck.trace import Trace
 @rule(
     "AMP106",
     Severity.WARNING,
-    fix="End the autocast region after the loss is computed, and call `backward()` outside it.",
+    fix="End the `with torch.autocast(...):` block after the loss, and call `loss.backward()` outside it.",
     needs=("training", "uncompiled"),
 )
 def autocast_around_backward(trace: Trace) -> Iterator[Evidence]:
     """Backward ran inside the autocast region.
 
     What it does
-        Looks at autocast where `Tensor.backward` is called in the watched training step. It is information where no
-        region of the step was entered by the user's own code: the host runs backward so.
+        Checks whether autocast is on when `Tensor.backward` is called in the watched training step. It is information
+        if the user's own code entered no region in the step: then the host runs backward this way.
 
     Why is this bad?
-        Backward operations run in the dtype of their forward operations without any autocast. With autocast on,
-        operations in backward are cast once more; on CUDA, where backward runs in a thread of its own, bfloat16
-        regions have run them in float16, with its much smaller range.
+        Backward operations already run in the dtype of their forward operations. Autocast would cast them a second
+        time. On CUDA, where backward runs in its own thread, bfloat16 regions have run them in float16, which has a
+        much smaller range.
 
     Example
         ```python
@@ -47,7 +47,7 @@ def autocast_around_backward(trace: Trace) -> Iterator[Evidence]:
         own = any(region.enabled and region.by_user for region in trace.training.regions)
         total = sum(call.count for call in calls)
         yield Evidence(
-            f"backward() was called {count(total, 'time')} with {calls[0].autocast} in force{place(calls[0].site)}.",
+            f"backward() was called {count(total, 'time')} under {calls[0].autocast}{place(calls[0].site)}.",
             sites=places(call.site for call in calls),
             data={"calls": total, "dtype": calls[0].autocast.dtype},
             severity=None if own or not trace.training.regions else Severity.INFO,

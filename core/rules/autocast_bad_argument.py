@@ -9,21 +9,21 @@ from ampcheck.trace import AutocastCall, Trace
 @rule(
     "AMP102",
     Severity.ERROR,
-    fix="Call `torch.autocast(device_type, dtype=...)` with the device type as a string, such as `x.device.type`.",
+    fix="Write `torch.autocast(x.device.type, dtype=...)`: the device type must be a string.",
     needs=("failure",),
 )
 def autocast_bad_argument(trace: Trace) -> Iterator[Evidence]:
-    """`autocast()` got an argument it does not take, or none that says which device it is for.
+    """`autocast()` got an argument it does not take, or no device type.
 
     What it does
-        Reads the call that raised: `device=` for `device_type=`, `device_type=` given to `torch.cuda.amp.autocast`
-        (whose name says the device already), a `torch.device` for a string, a device torch does not know, no device
-        type at all. Where the argument came out of a dictionary or a `functools.partial`, names it and the line
-        where it was written.
+        Reads the call that raised and names the mistake: `device=` instead of `device_type=`, `device_type=` passed
+        to `torch.cuda.amp.autocast` (which is for CUDA anyway), a `torch.device` instead of a string, a device that
+        torch does not know, or no device type at all. If the argument comes from a dictionary or a
+        `functools.partial`, names that and the line that defines it.
 
     Why is this bad?
-        The call raises before a single operation has run. The message names neither the dictionary that held the
-        argument nor the spelling that is right.
+        The call raises before any operation runs. PyTorch's message names neither the dictionary that holds the
+        argument nor the correct spelling.
 
     Example
         ```python
@@ -76,24 +76,24 @@ def _message(made: AutocastCall) -> str:
     call = f"`{made.call}`" if made.call is not None else "A call of `autocast`"
     name = made.deprecated or "autocast"
     value = f" ({made.value})" if made.value is not None else ""
-    origin = f", which came out of `{made.kwargs_variable}`" if made.kwargs_variable is not None else ""
+    origin = f", which comes from `{made.kwargs_variable}`" if made.kwargs_variable is not None else ""
     if made.reason == "device-keyword":
-        return f"{call} passes `device`{value}{origin}; the argument of `{name}` is called `device_type`."
+        return f"{call} passes `device`{value}{origin}; `{name}` calls it `device_type`."
     if made.reason == "device-type-keyword":
         return f"{call} passes `device_type`{value}{origin}; `{name}` does not take it."
     if made.reason == "unexpected-keyword":
         allowed = ", ".join(f"`{one}`" for one in made.allowed or ())
         return f"{call} passes `{made.argument}`{value}{origin}, which `{name}` does not take; it takes {allowed}."
     if made.reason == "no-device-type":
-        origin = f": `{made.kwargs_variable}` holds none" if made.kwargs_variable is not None else ""
+        origin = f" (`{made.kwargs_variable}` does not contain it)" if made.kwargs_variable is not None else ""
         return f"{call} passes no `device_type`{origin}, and `{name}` has no default for it."
     if made.reason == "device-not-a-string":
-        return f"{call} passes a `{made.type}` as `device_type`{value}{origin}, which must be a string."
+        return f"{call} passes a `{made.type}` as `device_type`{value}{origin}; it must be a string."
     if made.reason == "dtype-not-a-dtype":
-        return f"{call} passes a `{made.type}` as `dtype`{value}{origin}, which must be a `torch.dtype`."
+        return f"{call} passes a `{made.type}` as `dtype`{value}{origin}; it must be a `torch.dtype`."
     if made.reason == "unknown-device":
-        given = f"`{made.device}`" if made.device is not None else made.value or "what it was given"
-        return f"{call} asks for the device type {given}{origin}, which autocast does not know."
+        given = f"`{made.device}`" if made.device is not None else made.value or "a device"
+        return f"{call} asks for {given}{origin}; autocast does not know this device type."
     return f"{call} passes arguments that `{name}` does not take."
 
 

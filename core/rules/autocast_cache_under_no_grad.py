@@ -9,7 +9,7 @@ from ampcheck.trace import AutocastRegion, ModuleCall, StepTrace, Trace
 @rule(
     "AMP109",
     Severity.ERROR,
-    fix="Give the pass without gradients an autocast region of its own, with `cache_enabled=False`, before the one of "
+    fix="Run the pass without gradients in its own autocast region, with `cache_enabled=False`, before the region of "
     "the training forward; or call `torch.clear_autocast_cache()` right after that pass.",
     needs=("model", "training", "uncompiled"),
 )
@@ -17,14 +17,14 @@ def autocast_cache_under_no_grad(trace: Trace) -> Iterator[Evidence]:
     """Weights that autocast cached under `no_grad` lose their gradients.
 
     What it does
-        On versions of PyTorch that have the fault, looks for modules with a trainable float32 weight matrix or kernel
-        that ran without gradients first, and with gradients later, inside one outermost autocast region with the
-        weight cache on. Whether the installed version has the fault is found by trying it.
+        On PyTorch versions that have this bug, looks for modules with a trainable float32 weight matrix or kernel that
+        ran without gradients first, and with gradients later, inside the same outermost autocast region with the
+        weight cache on. AmpCheck tries the bug to find out whether the installed version has it.
 
     Why is this bad?
         Autocast keeps the low-precision copy of a weight until the outermost region ends. A copy made under `no_grad`
-        has no history: the later pass uses it, backward stops there, and the parameters get no gradient. Nothing is
-        raised, unless distributed training complains about parameters that were not used.
+        has no history: the later pass uses it, backward stops there, and the parameter gets no gradient. Nothing
+        raises, unless distributed training complains about unused parameters.
 
     Example
         ```python
@@ -68,7 +68,7 @@ def autocast_cache_under_no_grad(trace: Trace) -> Iterator[Evidence]:
     if lost:
         yield Evidence(
             f"The weights of {count(len(lost), 'module')} get no gradient: {some(lost)} ran without gradients first, "
-            "and again with gradients inside the same autocast region, which had kept the weights it cast.",
+            "then with gradients inside the same autocast region, which reused the weights it had cast.",
             module=next(iter(lost)) if len(lost) == 1 else None,
             sites=places(region.site for region in lost.values() if region),
             data={"modules": list(lost)},

@@ -8,22 +8,22 @@ from ampcheck.trace import CapturedCasts, Site, Trace
 @rule(
     "AMP604",
     Severity.WARNING,
-    fix="Export outside the autocast region, and choose the precision where the model is deployed.",
+    fix="Export outside the autocast region, and set the precision in the runtime that runs the model.",
     needs=("comparison",),
 )
 def autocast_captured_in_trace(trace: Trace) -> Iterator[Evidence]:
-    """Autocast's casts are part of the exported graph, or half precision makes it sum otherwise.
+    """The export contains autocast's casts, or differs from eager only by low-precision rounding.
 
     What it does
-        Counts by module the casts to float16 and bfloat16 that the graph makes and the eager model, as it was run,
-        does not. And where a low-precision export differs, compares both in float32: where they agree there, the
-        difference is one of rounding.
+        Counts, per module, the casts to float16 and bfloat16 that the graph makes and that the eager model did not
+        make when it ran. If a low-precision export differs, also compares both models in float32: if they agree there,
+        rounding causes the difference.
 
     Why is this bad?
-        The precision of the exported model is fixed, on every device it will run on. Casts of weights are repeated
-        in every call, and a runtime that sums in another order gives other results in half precision. Where a
-        weight is used twice, tracing itself dies of `Cannot insert a Tensor that requires grad as a constant`: autocast
-        keeps the weight that it cast, unless it is entered with `cache_enabled=False`.
+        The casts fix the precision of the exported model on every device. Casts of weights repeat in every call, and
+        a runtime that sums in another order gives other results in half precision. If a weight is used twice, tracing
+        itself fails with `Cannot insert a Tensor that requires grad as a constant`, because autocast caches the weight
+        that it cast, unless the region has `cache_enabled=False`.
 
     Example
         ```python
@@ -59,11 +59,11 @@ def autocast_captured_in_trace(trace: Trace) -> Iterator[Evidence]:
     if comparison.rounding is not None:
         ours, theirs = comparison.rounding
         yield Evidence(
-            f"The {comparison.second} accumulates otherwise than the eager model: the two differ by rounding alone "
+            f"The {comparison.second} rounds differently from the eager model, and nothing else differs "
             f"(relative errors against float32: {theirs:.2g} exported, {ours:.2g} eager).",
             module=comparison.culprit,
             data={"relative_exported": theirs, "relative_eager": ours},
-            fix="Export in float32, or keep normalization, softmax and attention of the exported model in float32.",
+            fix="Export in float32, or keep the normalization, softmax and attention of the export in float32.",
         )
 
 

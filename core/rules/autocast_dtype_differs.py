@@ -9,17 +9,17 @@ from ampcheck.trace import Trace
 @rule(
     "AMP104",
     Severity.ERROR,
-    fix="Name the dtype where the region is entered, `torch.autocast(device_type, dtype=...)`: left out, it is float16 "
-    "on CUDA and bfloat16 on the CPU.",
+    fix="Pass the dtype to the region: `torch.autocast(device_type, dtype=...)`. The default is float16 on CUDA and "
+    "bfloat16 on the CPU.",
     needs=("training",),
 )
 def autocast_dtype_differs(trace: Trace) -> Iterator[Evidence]:
     """The autocast dtype in force is not the one asked for.
 
     What it does
-        Compares the declared dtype of mixed precision with the dtype autocast had when each module of the watched
-        training step was called. It is a warning where other modules did run in the dtype asked for, and information
-        where the framework is known to use this dtype in place of the other.
+        Compares the declared dtype of mixed precision with the autocast dtype in force at each module call of the
+        watched training step. It is a warning if other modules did run in the dtype asked for, and information if the
+        framework is known to use this dtype instead.
 
     Why is this bad?
         float16 and bfloat16 fail in different ways. float16 needs loss scaling and overflows above 65504; bfloat16
@@ -54,7 +54,7 @@ def autocast_dtype_differs(trace: Trace) -> Iterator[Evidence]:
         under = [call for call in step.forward if call.autocast.enabled and call.autocast.dtype == dtype]
         regions = [next(step.around(call.region), None) for call in under]
         documented = dtype == precision.effective_dtype
-        why = f", which {trace.host.name if trace.host else 'the framework'} uses in its place" if documented else ""
+        why = f", which {trace.host.name if trace.host else 'the framework'} uses instead" if documented else ""
         source = f" by {precision.source}" if precision.source else ""
         yield Evidence(
             f"{asked} was asked for{source}, but {count(calls, 'module call')} of the training step ran under autocast "

@@ -22,17 +22,17 @@ from ampcheck.trace import AutocastRegion, Trace
     needs=("model", "training"),
 )
 def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
-    """Mixed precision was asked for, and no autocast region covered the training forward.
+    """Mixed precision was asked for, but the training forward ran without autocast.
 
     What it does
-        Compares the declared precision with autocast as each module of the watched training step found it. Where no
-        precision is declared, an enabled gradient scaler counts as asking. Regions for another device type, or that
-        PyTorch switched off, are AMP103's. It is a warning where mixed precision was a default that nobody chose,
-        where a region held no module call but may have been entered inside one, and where the model is compiled.
-        Where the policy of a sharded model casts to low precision, no autocast is needed.
+        Compares the declared precision with the autocast state at each module call of the watched training step. If
+        no precision is declared, an enabled gradient scaler counts as asking for it. AMP103 reports regions for
+        another device type, and regions that PyTorch switched off. It is a warning if mixed precision was a default
+        that nobody chose, if a region held no module call but may have been entered inside one, and if the model is
+        compiled. A sharded model whose policy casts to low precision needs no autocast.
 
     Why is this bad?
-        The run trains in float32: correct, but at the speed and memory of float32. Nothing in PyTorch says so.
+        The run trains in float32: correct, but with the speed and memory of float32. PyTorch does not say so.
 
     Example
         ```python
@@ -72,7 +72,7 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
         return
     regions = tuple({(r.device_type, r.enabled, r.site): r for r in step.regions}.values())
     entered = f" Autocast was entered {some(_spelled(region) for region in regions)}." if regions else ""
-    unseen = " Part of the model is compiled, and what compiled code does is not seen." if model.compiled else ""
+    unseen = " Part of the model is compiled, and AmpCheck cannot look into compiled code." if model.compiled else ""
     around_calls = {region.index for call in step.calls for region in step.around(call.region)}
     around_nothing = any(
         region.enabled and region.is_for(model.device_type) and region.index not in around_calls

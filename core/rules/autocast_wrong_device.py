@@ -10,7 +10,7 @@ from ampcheck.trace import AutocastRegion, ModelInfo, Trace
 @rule(
     "AMP103",
     Severity.ERROR,
-    fix="Give the region the model's own device type and a dtype autocast takes there: "
+    fix="Enter the region for the model's device type, with a dtype that autocast supports there: "
     "`torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16)`.",
     needs=("model", "training"),
 )
@@ -18,15 +18,15 @@ def autocast_wrong_device(trace: Trace) -> Iterator[Evidence]:
     """An autocast region is for another device type than the model's, or PyTorch switched it off.
 
     What it does
-        Looks, where the training forward ran with autocast off, for regions that asked for autocast: regions for
-        another device type than the one the parameters are on, and regions that PyTorch disabled when they were made
-        because the device or the dtype is not available. Such a region inside a forward pass that does run under
-        autocast is left alone. It is a warning where no mixed precision was declared and the region covers a small
-        part of the forward pass, or asked for float32.
+        If the training forward ran with autocast off, looks for regions that asked for autocast: regions for another
+        device type than that of the parameters, and regions that PyTorch disabled on creation because the device or
+        the dtype is not available. Skips such regions inside a forward pass that does run under autocast. It is a
+        warning if no mixed precision was declared and the region covers a small part of the forward pass, or asked for
+        float32.
 
     Why is this bad?
-        The region does nothing: the run trains in float32. PyTorch at most warns once, and for `autocast("cuda:0")`
-        without CUDA it says nothing at all.
+        The region does nothing: the run trains in float32. PyTorch warns once at most, and says nothing at all for
+        `autocast("cuda:0")` without CUDA.
 
     Example
         ```python
@@ -76,6 +76,6 @@ def autocast_wrong_device(trace: Trace) -> Iterator[Evidence]:
 
 def _reason(region: AutocastRegion, model: ModelInfo) -> str:
     if region.is_for(model.device_type):
-        return f"torch switched it off, because autocast on {model.device_type} does not take {region.dtype} here"
+        return f"torch switched it off, because autocast on {model.device_type} does not support {region.dtype} here"
     off = ", and torch switched it off" if region.requested and not region.enabled else ""
     return f"the model is on {model.device_type}{off}"

@@ -9,18 +9,19 @@ from ampcheck.trace import BackwardHookView, Trace
 @rule(
     "AMP410",
     Severity.ERROR,
-    fix="Register the hook on a tensor (`output.register_hook`), or make the module behind it out of place.",
+    fix="Register the hook on a tensor (`output.register_hook(hook)`), or build the module next to it without "
+    "`inplace=True`.",
     needs=("failure",),
 )
 def backward_hook_on_in_place(trace: Trace) -> Iterator[Evidence]:
-    """A full backward hook sits on a module whose input or output is written to in place.
+    """The input or output of a module with a full backward hook is modified in place.
 
     What it does
-        Names the line that writes, and the modules of the model that carry full backward hooks.
+        Names the line that writes, and the modules of the model that have full backward hooks.
 
     Why is this bad?
-        A full backward hook wraps the inputs and outputs of its module in views that must not be written to. An
-        in-place activation on either side of it stops the forward pass.
+        A full backward hook wraps the inputs and outputs of its module in views that must not be modified. An in-place
+        activation before or after the module stops the forward pass.
 
     Example
         ```python
@@ -45,7 +46,7 @@ def backward_hook_on_in_place(trace: Trace) -> Iterator[Evidence]:
     hooked = trace.graph.hooked if trace.graph is not None else ()
     names = [f"module {name}" if name else "the model itself" for name in hooked]
     yield Evidence(
-        f"A tensor that a full backward hook watches was written to in place{place(site)}"
+        f"A tensor that a full backward hook wraps was modified in place{place(site)}"
         f"{f'; full backward hooks are on {some(names)}' if names else ''}.",
         module=failure.module,
         sites=(site,) if site else (),

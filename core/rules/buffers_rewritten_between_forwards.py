@@ -9,19 +9,19 @@ from ampcheck.trace import StaleTensor, Trace
 @rule(
     "AMP407",
     Severity.ERROR,
-    fix="Give the forward pass a copy of the buffer: `self.mask.clone()`, or run one forward pass per backward.",
+    fix="Use a copy of the buffer in the forward pass (`self.mask.clone()`), or call `backward()` after each forward.",
     needs=("graph",),
 )
 def buffers_rewritten_between_forwards(trace: Trace) -> Iterator[Evidence]:
-    """A buffer that a forward pass had saved was rewritten before its backward.
+    """A buffer that a forward pass saved was overwritten before its backward.
 
     What it does
-        Names the buffer, the operation that saved it, and who rewrote it: DistributedDataParallel, which sends the
-        buffers of rank 0 to all at each forward, or the module itself in a second forward.
+        Names the buffer, the operation that saved it, and what overwrote it: DistributedDataParallel, which broadcasts
+        the buffers of rank 0 at each forward, or the module itself in a second forward.
 
     Why is this bad?
-        Two forward passes before one backward is common (siamese and contrastive losses, GANs). The second rewrites
-        what the first has saved, and backward dies, or uses the wrong values where nobody checks.
+        Two forward passes before one backward are common (siamese and contrastive losses, GANs). The second pass
+        overwrites what the first one saved. Backward then raises, or uses the wrong values if nothing checks.
 
     Example
         ```python
@@ -57,10 +57,11 @@ def _evidence(stale: StaleTensor, others: list[StaleTensor]) -> Evidence:
     silently = ", and PyTorch does not notice" if stale.silent else ""
     named = f"the buffer {stale.name}" if stale.name else "a buffer"
     attribute = f"self.{stale.name.rpartition('.')[2]}" if stale.name else "buffer"
-    copy = f"Use a copy{place(stale.save)}: `{attribute}.clone()`"
+    copy = f"Use `{attribute}.clone()`{place(stale.save)}"
     return Evidence(
         sentence(
-            f"{named}, saved by {stale.node}{place(stale.save)}, was rewritten{who} before backward used it{silently}."
+            f"{named}, saved by {stale.node}{place(stale.save)}, was overwritten{who} before backward used it"
+            f"{silently}."
         ),
         module=stale.name.rpartition(".")[0] if stale.name else None,
         sites=sites_of(stale),

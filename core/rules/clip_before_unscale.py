@@ -15,12 +15,12 @@ def clip_before_unscale(trace: Trace) -> Iterator[Evidence]:
     """Gradients were clipped while they were still multiplied by the loss scale.
 
     What it does
-        Follows the watched step: a clip of an optimizer's gradients after a scaled backward, with no
-        `unscale_(optimizer)` between, and a `scaler.step` of that optimizer afterwards.
+        Looks in the watched step for gradients of an optimizer that were clipped after a scaled backward, with no
+        `unscale_(optimizer)` in between and a `scaler.step` of that optimizer afterwards.
 
     Why is this bad?
-        The gradients are 65536 times too large when they are clipped to norm 1, and are divided by 65536 after that:
-        every update is tens of thousands of times too small. The loss stays where it is, and nothing says why.
+        The gradients are 65536 times too large when they are clipped to norm 1, and the scaler divides them by 65536
+        afterwards: every update is tens of thousands of times too small. The loss stays flat, and nothing says why.
 
     Example
         ```python

@@ -8,7 +8,7 @@ from ampcheck.trace import BakedConstant, Trace
 @rule(
     "AMP602",
     Severity.ERROR,
-    fix="Take the plain PyTorch path while exporting (`ampcheck.plain_kernels`), or register the function with "
+    fix="Export with a plain PyTorch version of the function (`ampcheck.plain_kernels`), or register it with "
     "`torch.library.custom_op`.",
     needs=("comparison",),
 )
@@ -16,14 +16,14 @@ def constant_baked_into_trace(trace: Trace) -> Iterator[Evidence]:
     """An activation computed outside the dispatcher was frozen into the graph as a constant.
 
     What it does
-        Follows in the eager model which tensors PyTorch's operations compute from the inputs. A tensor that changes
-        with the inputs and that no operation computed came from NumPy, from a number read out of a tensor, or from an
-        extension called through pybind. It is reported where the exported graph holds it as a constant (or as a blank
-        tensor, that the extension filled), with the module and the line.
+        Tracks, in the eager model, which tensors PyTorch's operations compute from the inputs. A tensor that changes
+        with the inputs, but that no operation computed, came from NumPy, from a number read out of a tensor, or from
+        an extension called through pybind. If the exported graph holds it as a constant (or as a blank tensor that the
+        extension filled), names the module and the line.
 
     Why is this bad?
-        The export gives the answer to the example, whatever it is asked. On the example it is exact, so no check that
-        uses the example again can see it.
+        The export returns the result for the example, whatever the input. On the example it is exact, so no check that
+        reuses the example can see it.
 
     Example
         ```python
@@ -47,8 +47,8 @@ def constant_baked_into_trace(trace: Trace) -> Iterator[Evidence]:
         shape = f"{constant.dtype}{list(constant.shape)}"
         where = constant.module or "the model"
         yield Evidence(
-            f"The {comparison.second} holds an activation of {where} ({shape}) as a constant of the example: it is "
-            f"computed outside the dispatcher{place(constant.site)}, and changes with the inputs.",
+            f"The {comparison.second} holds an activation of {where} ({shape}) as a constant. It is computed outside "
+            f"the dispatcher{place(constant.site)}, and changes with the inputs.",
             module=constant.module,
             sites=(constant.site,) if constant.site else (),
             data={
@@ -63,15 +63,15 @@ def constant_baked_into_trace(trace: Trace) -> Iterator[Evidence]:
 
 def _fix(constant: BakedConstant) -> str | None:
     if constant.target is None:
-        return "Compute it with tensor operations in place of NumPy and Python numbers."
+        return "Compute it with tensor operations instead of NumPy and Python numbers."
     return (
-        f'Export under `with ampcheck.plain_kernels({{"{constant.target}": plain}}):`, where `plain` does the same in '
-        "tensor operations, or register it with `torch.library.custom_op`."
+        f'Export under `with ampcheck.plain_kernels({{"{constant.target}": plain}}):`, where `plain` computes the same '
+        "with tensor operations, or register it with `torch.library.custom_op`."
     )
 
 
 def _remedy(constant: BakedConstant) -> str | None:
-    """The code to write, where the function is known."""
+    """The code to write, if the function is known."""
     if constant.target is None:
         return None
     name = constant.target.rpartition(":")[2].rpartition(".")[2]

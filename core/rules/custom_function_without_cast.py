@@ -22,16 +22,16 @@ from ampcheck.trace import (
     needs=("failure",),
 )
 def custom_function_without_cast(trace: Trace) -> Iterator[Evidence]:
-    """A custom `autograd.Function` without `custom_fwd(cast_inputs=...)` died of the dtypes it got.
+    """A custom `autograd.Function` without `custom_fwd(cast_inputs=...)` failed on its input dtypes.
 
     What it does
-        Finds the `forward` or `backward` of a custom `autograd.Function` in the traceback of a dtype crash, and reads
-        whether `custom_fwd` decorates it and with which `cast_inputs`.
+        Finds the `forward` or `backward` of a custom `autograd.Function` in the traceback of a dtype error, and checks
+        whether `custom_fwd` decorates it, and with which `cast_inputs`.
 
     Why is this bad?
-        Autocast casts the inputs of operations it knows. A custom function gets what the layers before it returned,
-        low precision beside float32, and kernels written for one dtype die of that. `custom_fwd` without
-        `cast_inputs` casts nothing; it records whether autocast was on, for `custom_bwd`.
+        Autocast casts the inputs of the operations it knows. A custom function gets whatever the layers before it
+        returned, low precision next to float32, and a kernel written for one dtype fails. `custom_fwd` without
+        `cast_inputs` casts nothing; it only records for `custom_bwd` whether autocast was on.
 
     Example
         ```python
@@ -96,7 +96,7 @@ def _evidence(
 
 
 def _state(function: CustomFunction) -> str:
-    lacks = "`setup_context`, whose `ctx` `custom_fwd` never sees" if function.setup_context else "no `custom_fwd`"
+    lacks = "`setup_context`, so `custom_fwd` never sees `ctx`" if function.setup_context else "no `custom_fwd`"
     return f"`{function.name}.backward` is decorated with `custom_bwd`, but its forward has {lacks}."
 
 
@@ -104,12 +104,12 @@ def _what(facts: DtypeMismatch | InPlaceDtype | OpNotImplemented) -> str:
     if isinstance(facts, OpNotImplemented):
         return no_kernel(facts.operation)
     if isinstance(facts, InPlaceDtype):
-        return "the target and the source of a write differ in dtype"
-    return "operands of different dtypes met"
+        return "the target and the source of a write have different dtypes"
+    return "operands had different dtypes"
 
 
 def _lacks(function: CustomFunction) -> str:
     bare = "has a bare `custom_fwd`, which casts nothing" if function.custom_fwd else "has no `custom_fwd`"
     if function.method == "backward":
-        bare = "leaves autocast off in its backward, where it was on in its forward"
+        bare = "runs its backward without autocast, but its forward with it"
     return f"The custom function `{function.name}` {bare}."

@@ -14,13 +14,13 @@ def deprecated_amp_api(trace: Trace) -> Iterator[Evidence]:
     """The code uses `torch.cuda.amp` or another deprecated spelling.
 
     What it does
-        Looks for autocast regions of a deprecated class that the user's own code entered in the watched steps, and
-        for a gradient scaler of one, where no framework made it.
+        Looks for autocast regions of a deprecated class that the user's own code entered in the watched steps, and,
+        unless a framework made the scaler, for a gradient scaler of a deprecated class.
 
     Why is this bad?
-        The old classes are fixed to one device type, warn on every construction since PyTorch 2.4 and will be
-        removed. Half-converted code is worse: `torch.cuda.amp.GradScaler("cuda")` takes `"cuda"` for the initial
-        scale, and `torch.cuda.amp.autocast(device_type="cuda")` raises.
+        The old classes are fixed to one device type, warn on every construction since PyTorch 2.4, and will be
+        removed. Half-converted code is worse: `torch.cuda.amp.GradScaler("cuda")` reads `"cuda"` as the initial scale,
+        and `torch.cuda.amp.autocast(device_type="cuda")` raises.
 
     Example
         ```python

@@ -16,13 +16,13 @@ def double_precision(trace: Trace) -> Iterator[Evidence]:
     """Parameters, buffers or inputs are float64.
 
     What it does
-        Lists float64 parameters and buffers, and the first module of the watched training step that was given a
-        float64 input. Models that are float64 throughout, and runs that asked for it, are left alone.
+        Lists float64 parameters and buffers, and the first module of the watched training step that got a float64
+        input. Skips models that are float64 throughout, and runs that asked for float64.
 
     Why is this bad?
-        Autocast leaves float64 alone, so that a layer given a float64 input raises `mat1 and mat2 must have the same
-        dtype`; where it does not raise, everything downstream becomes float64, which GPUs compute 2 to 64 times
-        slower than float32. NumPy makes float64 by default.
+        Autocast does not cast float64, so a layer with a float64 input raises `mat1 and mat2 must have the same
+        dtype`. If it does not raise, everything downstream becomes float64, which GPUs compute 2 to 64 times slower
+        than float32. NumPy creates float64 by default.
 
     Example
         ```python

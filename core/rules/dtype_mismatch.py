@@ -16,16 +16,16 @@ def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
     """An operation got tensors of different dtypes, and autocast did not cast them.
 
     What it does
-        Takes the crash apart: the module, the operation, each operand with dtype, shape and the line or module that
-        made it, and the reason why autocast did not act: it was off here, was never entered (or for another device),
-        a parameter is not float32, an operand is float64 (which autocast never casts), a cast of another region's dtype
-        was in autocast's cache, the policy of a sharded model casts one and not the other, the code is in a custom
-        `autograd.Function`, the operation writes in place, ran in another thread, or is one autocast has no rule for.
-        A reason that cannot be established is called unknown.
+        Takes the error apart: the module, the operation, each operand with its dtype, its shape and the line or module
+        that made it, and the reason why autocast did not cast. Autocast was off here, or never entered, or entered for
+        another device; a parameter is not float32; an operand is float64, which autocast never casts; autocast had
+        cached a cast to another region's dtype; the policy of a sharded model casts one operand and not the other; the
+        code is in a custom `autograd.Function`; or the operation writes in place, ran in another thread, or has no
+        autocast rule. If none of these can be shown, the reason is unknown.
 
     Why is this bad?
-        The step dies. PyTorch's message names two dtypes, but no module, no tensor and no reason; casting the wrong
-        one (the input, say) hides the fault or moves it to the next layer.
+        The step fails. PyTorch's message names two dtypes, but no module, no tensor and no reason. Casting the wrong
+        operand (the input, say) hides the bug or moves it to the next layer.
 
     Example
         ```python
@@ -51,10 +51,10 @@ def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
         return
     operation = failure.facts.operation
     why = why_autocast_did_not_act(trace, failure, failure.facts)
-    what = "autocast met its other low precision" if failure.facts.promotes else "operands of different dtypes met"
+    what = "autocast refused to promote operands" if failure.facts.promotes else "operands had different dtypes"
     message = crash_message(failure, operation, what)
     yield Evidence(
-        f"{message[:-1]}. Autocast did not unify them: {why.words}.",
+        f"{message[:-1]}. Autocast did not cast them: {why.words}.",
         module=failure.module,
         sites=sites_of(failure, operation, why.site),
         data=data_of(operation, why.reason),

@@ -9,7 +9,7 @@ from ampcheck.trace import Trace
 @rule(
     "AMP211",
     Severity.WARNING,
-    fix="Keep the averaged copy in float32, with `.float()` on it when it is made, and cast it for evaluation only.",
+    fix="Make the averaged copy in float32, `copy.deepcopy(model).float()`, and cast it for evaluation only.",
     needs=("averaged",),
 )
 def ema_low_precision(trace: Trace) -> Iterator[Evidence]:
@@ -19,9 +19,9 @@ def ema_low_precision(trace: Trace) -> Iterator[Evidence]:
         Counts the float16 and bfloat16 parameters of the averaged copy.
 
     Why is this bad?
-        An update moves the average by a tiny part of the difference, 0.0001 of it with a decay of 0.9999. float16
-        has 11 bits of precision and bfloat16 has 8: almost every update is rounded away, and the average stays at
-        its first value.
+        An update moves the average by a tiny part of the difference: 0.0001 of it with a decay of 0.9999. float16 has
+        11 bits of precision and bfloat16 has 8, so almost every update is rounded away, and the average stays at its
+        first value.
 
     Example
         ```python

@@ -6,39 +6,39 @@ from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Cause, Comparison, Trace
 
 _BRANCH_FIX = (
-    "Write the choice with tensor operations (`torch.where`), or export with `torch.jit.script` or `torch.cond`, which "
-    "keep both branches."
+    "Replace the branch with `torch.where(...)`, or export with `torch.jit.script` or `torch.cond`, which keep both "
+    "branches."
 )
 _FIXES = {
     "data-dependent": _BRANCH_FIX,
-    "frozen-shape": "Take sizes from `x.shape` without `int()`, `len()` or NumPy in between, and name the sizes that "
-    "may change (`dynamic_shapes`, `dynamic_axes`).",
+    "frozen-shape": "Read sizes from `x.shape` without `int()`, `len()` or NumPy, and declare the sizes that may "
+    "change (`dynamic_shapes=`, `dynamic_axes=`).",
     "training-mode": "Call `model.eval()` before the export, and export again.",
-    "buffer-update": "Call `model.eval()` before the export; a buffer that `forward` must change belongs in the inputs "
-    "and outputs.",
-    "state-differs": "Export again from the checkpoint that the eager model holds.",
+    "buffer-update": "Call `model.eval()` before the export; if `forward` must change a buffer, pass it in as an input "
+    "and return it.",
+    "state-differs": "Export again, from the weights that the eager model has.",
     "left-dispatcher": "Compute it with tensor operations while exporting, or register the function with "
     "`torch.library.custom_op`.",
-    "unsettled": "Compare on inputs of your own (`fresh_inputs`), and with trained weights: values that are sorted or "
-    "cut off lie further apart there.",
-    "raises": "Export on inputs of the same device, dtype and sizes, and make new tensors on the device of an input.",
+    "unsettled": "Compare on your own inputs (`fresh_inputs=`) and with trained weights, where values that the model "
+    "sorts or cuts off lie further apart.",
+    "raises": "Export on inputs of the same device, dtype and sizes, and create tensors with `device=x.device`.",
 }
 
 
 @rule(
     "AMP601",
     Severity.ERROR,
-    fix="Look at the code of the module named, between its submodules, and compare again after each change.",
+    fix="Check the code of the named module, outside its submodules, and compare again after each change.",
     needs=("comparison",),
 )
 def export_differs(trace: Trace) -> Iterator[Evidence]:
-    """On fresh inputs the exported model disagrees with the eager one.
+    """The exported model disagrees with the eager one on fresh inputs.
 
     What it does
         Runs the exported and the eager model on the example and on fresh inputs, compares the outputs within the
-        tolerance of their dtype, and names the first module whose output differs. Where the reason can be shown it is
-        told: a value read from a tensor that decides a branch, a size frozen by the trace, dropout or batch norm left
-        in training mode, buffers that the model writes, other weights.
+        tolerance of their dtype, and names the first module whose output differs. Gives the reason if it can be shown:
+        a value read from a tensor that decides a branch, a size frozen by the trace, dropout or batch norm left in
+        training mode, buffers that the model writes, or different weights.
 
     Why is this bad?
         A trace records what happened on one example. It is exact there, and `check_trace` compares on that same
@@ -91,7 +91,7 @@ def export_differs(trace: Trace) -> Iterator[Evidence]:
             _verdict(comparison),
             module=_baked(comparison) or comparison.culprit,
             data={"reason": "baked-constant" if comparison.constants else "unknown", **_numbers(comparison)},
-            fix="The findings beside this one say why." if comparison.constants else None,
+            fix="Fix the constants that AMP602 reports, and compare again." if comparison.constants else None,
         )
 
 
@@ -100,41 +100,41 @@ def _said(cause: Cause, comparison: Comparison) -> str:
     at = place(cause.sites[0]) if cause.sites else ""
     if cause.reason == "data-dependent":
         held = f"a Python value is read from a tensor{at}, in {where}"
-        return f"{held[0].upper()}{held[1:]}: it {cause.detail}. The {second} holds one of its values for good."
+        return f"{held[0].upper()}{held[1:]}: it {cause.detail}. The {second} always uses one of its values."
     if cause.reason == "frozen-shape":
-        return f"The {second} computes for the sizes of its example alone: {cause.detail}."
+        return f"The {second} is fixed to the sizes of its example: {cause.detail}."
     if cause.reason == "training-mode":
         what = "Dropout" if cause.detail == "dropout" else "Batch norm"
-        does = "drops at random" if what == "Dropout" else "normalizes by the batch it is given"
+        does = "drops at random" if what == "Dropout" else "normalizes by the statistics of each batch"
         return f"{what} was left in training mode: in {where} the {second} {does}{at}."
     if cause.reason == "buffer-update":
         who, _, names = cause.detail.partition(": ")
         buffers = some(names.split(", "))
         if who == "exported":
             return (
-                f"Every call of the {second} updates {buffers}, as every call while it was made did: it starts from "
-                "where the export left the buffers."
+                f"Every call of the {second} updates {buffers}, and so did every call during the export: it starts "
+                "from the values that the export left."
             )
-        return f"Every call of the eager model updates {buffers}, and the {second} holds what the export left there."
+        return f"Every call of the eager model updates {buffers}, but the {second} keeps the values of the export."
     if cause.reason == "state-differs":
         names_ = cause.detail.split(", ")
         return f"{some(names_)} {be(len(names_))} not the same in the {second} as in the eager model."
     if cause.reason == "left-dispatcher":
-        return f"In {where} something outside the dispatcher computes an activation ({cause.detail}){at}."
+        return f"In {where}, code outside the dispatcher computes an activation ({cause.detail}){at}."
     if cause.reason == "unsettled":
         return (
-            f"Rounding decides what the model returns, so that some outputs cannot be compared: those of the {second} "
-            f"differ (relative error {cause.detail}), and those of the eager model differ from themselves as much "
-            "where its modules round otherwise."
+            f"Rounding decides what the model returns, so some outputs cannot be compared: those of the {second} "
+            f"differ (relative error {cause.detail}), and those of the eager model change by as much when its modules "
+            "round differently."
         )
-    return f"The {second} stops where the eager model does not: {cause.detail}."
+    return f"The {second} raises where the eager model does not: {cause.detail}."
 
 
 def _verdict(comparison: Comparison) -> str:
     """What differs, by how much, and where it begins."""
     worst = [output for output in comparison.outputs if not output.equal]
     if not worst:
-        return f"The {comparison.second} does not run on the inputs the eager model runs on."
+        return f"The {comparison.second} does not run on the inputs that the eager model runs on."
     output = max(worst, key=lambda o: o.relative)
     size = f"largest absolute error {output.absolute:.3g}, relative {output.relative:.3g}, on {output.inputs}"
     several = f"{count(len(worst), 'output')} of the {comparison.second} differ{'s' if len(worst) == 1 else ''}"
@@ -144,14 +144,14 @@ def _verdict(comparison: Comparison) -> str:
         return text + (f" The module is not known: {comparison.unseen}." if comparison.unseen else "")
     text += f" The first module whose output differs is {first.module or 'the model itself'}."
     if baked and baked != first.module:
-        text += f" Before it comes {baked}, whose result is a constant."
+        text += f" Before it runs {baked}, whose result is a constant."
     elif first.inputs_equal is False:
-        text += f" What it is given differs already, so the place is in the code of {culprit or 'the model'} itself."
+        text += f" Its inputs differ already, so the cause is in the code of {culprit or 'the model'} itself."
     return text
 
 
 def _baked(comparison: Comparison) -> str | None:
-    """The module whose result is a constant of the graph, where the first module that differs may come after it."""
+    """The module whose result is a constant of the graph, if the first module that differs may come after it."""
     first = comparison.first_module
     after = first is None or first.inputs_equal is not True
     return comparison.constants[0].module if comparison.constants and after else None

@@ -8,20 +8,20 @@ from ampcheck.trace import FirstStepSkipped, ScalerCall, Trace
 @rule(
     "AMP310",
     Severity.INFO,
-    fix="Leave it: the scale is lowered and training goes on. To keep the schedule in step, call `scheduler.step()` "
-    "only where `scaler.get_scale()` did not fall.",
+    fix="Leave it: the scaler lowers its scale and training goes on. To keep the schedule in step, call "
+    "`scheduler.step()` only if `scaler.get_scale()` did not fall.",
 )
 def first_step_skipped(trace: Trace) -> Iterator[Evidence]:
-    """The scaler skipped the optimizer's first step, and a scheduler stepped all the same warns of it.
+    """The scaler skipped the first optimizer step, which makes `lr_scheduler.step()` warn.
 
     What it does
-        Sees in the watched steps that the scaler left the first `optimizer.step()` out, because the gradients
-        overflowed at the initial loss scale; or recognises the scheduler's warning where warnings are raised.
+        Checks in the watched steps whether the scaler skipped the first `optimizer.step()` because the gradients
+        overflowed at the initial loss scale. Also recognises the scheduler's warning if warnings are raised as errors.
 
     Why is this bad?
-        It is not: with an initial scale of 65536 the first steps often overflow, and the scale falls until they do
-        not. But `lr_scheduler.step()` then warns of being called before `optimizer.step()`, which sends people to look
-        for a fault in the order of their calls, and the schedule runs ahead by the steps that were skipped.
+        It is not: with an initial scale of 65536 the first steps often overflow, and the scale falls until they no
+        longer do. But `lr_scheduler.step()` then warns that it was called before `optimizer.step()`, which sends people
+        looking for a bug in the order of their calls, and the schedule runs ahead by the skipped steps.
 
     Example
         ```python
@@ -44,11 +44,11 @@ def first_step_skipped(trace: Trace) -> Iterator[Evidence]:
     """
     failure, skipped = trace.failure, _skipped(trace)
     if failure is not None and isinstance(failure.facts, FirstStepSkipped):
-        seen = "whether the scaler skipped it was not seen"
+        seen = "AmpCheck did not see whether the scaler skipped it"
         if skipped is not None:
             seen = f"the scaler skipped it{place(skipped.site)}"
         yield Evidence(
-            f"The scheduler was stepped before the optimizer's first step; {seen}.",
+            f"The scheduler stepped before the optimizer's first step; {seen}.",
             sites=places([*failure.sites[:1], skipped.site if skipped else None]),
             data={"skipped": True if skipped else None},
         )
@@ -62,7 +62,7 @@ def first_step_skipped(trace: Trace) -> Iterator[Evidence]:
 
 
 def _skipped(trace: Trace) -> ScalerCall | None:
-    """The first step of the first watched step, where the scaler left it out."""
+    """The first `step` of the watched step, if the scaler skipped it."""
     calls = trace.training.scaling if trace.training is not None else ()
     first = next((call for call in calls if call.op == "step"), None)
     return first if first is not None and first.skipped else None

@@ -7,18 +7,18 @@ from ampcheck.trace import FusedOptimizerClipping, Trace
 @rule(
     "AMP308",
     Severity.ERROR,
-    fix="Make the optimizer with `fused=False`, or train without gradient clipping.",
+    fix="Build the optimizer with `fused=False`, or train without gradient clipping.",
     needs=("failure",),
 )
 def fused_optimizer_clipping(trace: Trace) -> Iterator[Evidence]:
     """The host refuses to clip gradients for an optimizer that unscales them itself.
 
     What it does
-        Recognises the refusal and names the optimizers of the run.
+        Recognises the host's error, and names the optimizers of the run.
 
     Why is this bad?
-        A fused optimizer divides the gradients by the loss scale inside its own step. Clipping needs them unscaled
-        before, and unscaling twice would train on gradients that are too small by the scale.
+        A fused optimizer divides the gradients by the loss scale inside its own step. Clipping needs unscaled gradients
+        before that step, and unscaling them twice would make them too small by a factor of the scale.
 
     Example
         ```python

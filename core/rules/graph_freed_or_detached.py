@@ -9,18 +9,19 @@ from ampcheck.trace import Failure, GraphFreed, NoGraph, Trace
 @rule(
     "AMP408",
     Severity.ERROR,
-    fix="Run backward once on a loss that depends on parameters that require grad.",
+    fix="Call `loss.backward()` once, on a loss that depends on parameters that require grad.",
     needs=("failure",),
 )
 def graph_freed_or_detached(trace: Trace) -> Iterator[Evidence]:
-    """Backward was run on a graph that is gone, or on a loss that never had one.
+    """Backward ran through a graph that was already freed, or on a loss without a graph.
 
     What it does
         For a second backward, names the first. For a loss without a graph, names the last call that cut it:
         `detach`, `no_grad`, an operation without a gradient, or a new tensor made of numbers.
 
     Why is this bad?
-        The first backward frees what the graph had saved. A loss without a graph trains nothing.
+        The first backward frees what the graph had saved, so a second one cannot run. A loss without a graph trains
+        nothing.
 
     Example
         ```python
@@ -49,12 +50,12 @@ def _freed(trace: Trace, failure: Failure) -> Evidence:
     earlier = trace.graph.backwards[:-1] if trace.graph is not None else ()
     first = earlier[-1] if earlier else None
     return Evidence(
-        f"Backward{place(raised)} reached what an earlier backward{place(first)} had used and freed.",
+        f"Backward{place(raised)} reached a part of the graph that an earlier backward{place(first)} had freed.",
         module=failure.module,
         sites=places((raised, first)),
         fix=(
-            "Add up the losses and run backward once, or `.detach()` what is carried over from the step before; "
-            "`retain_graph=True` on the first backward only where both need the same graph."
+            "Add up the losses and call `backward()` once, or `.detach()` what you carry over from the previous step. "
+            "Pass `retain_graph=True` to the first backward only if both need the same graph."
         ),
     )
 
@@ -64,12 +65,12 @@ def _detached(trace: Trace, failure: Failure) -> Evidence:
     cut = trace.graph.cut[-1] if trace.graph is not None and trace.graph.cut else None
     why = f": {plain_op(cut.op)}{place(cut)} returned a tensor without one" if cut else ""
     return Evidence(
-        f"The loss of the backward{place(raised)} has no graph{why}.",
+        f"Backward{place(raised)} ran on a loss without a graph{why}.",
         module=failure.module,
         sites=places((raised, cut)),
         fix=(
-            f"Keep the graph{place(cut)}: no `detach`, `.data`, `.item()` or `no_grad` between the model and the loss."
+            f"Keep the graph{place(cut)}: no `.detach()`, `.data`, `.item()` or `no_grad` between model and loss."
             if cut
-            else "Give the optimizer parameters that require grad, and run the forward pass with gradients enabled."
+            else "Call `requires_grad_(True)` on the parameters to train, and run the forward pass without `no_grad`."
         ),
     )

@@ -2,8 +2,9 @@ from collections.abc import Iterator
 
 from ampcheck.precision import FLOATING
 from ampcheck.rules._operation import crash_message, data_of, sites_of, told_by
+from ampcheck.rules._words import cast_of
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import FailedOperation, InPlaceDtype, Trace
+from ampcheck.trace import FailedOperand, FailedOperation, InPlaceDtype, Trace
 
 
 @rule(
@@ -19,8 +20,8 @@ def in_place_dtype(trace: Trace) -> Iterator[Evidence]:
         Names both tensors of the write that failed, their dtypes, and the line or module that made each.
 
     Why is this bad?
-        Autocast never casts for an operation that writes into a tensor the program made: what layers return is low
-        precision, what `torch.zeros` makes is float32. The step dies at the first such write.
+        Autocast never casts for an operation that writes into an existing tensor: layers return low precision, but
+        `torch.zeros` makes float32. The step fails at the first such write.
 
     Example
         ```python
@@ -42,7 +43,7 @@ def in_place_dtype(trace: Trace) -> Iterator[Evidence]:
         return
     operation = failure.facts.operation
     yield Evidence(
-        crash_message(failure, operation, "the target and the source of a write differ in dtype"),
+        crash_message(failure, operation, "the target and the source of a write have different dtypes"),
         module=failure.module,
         sites=sites_of(failure, operation),
         data=data_of(operation, "in-place-or-out"),
@@ -58,8 +59,11 @@ def _fix(operation: FailedOperation) -> str | None:
     target = operands[0]
     source = next(operand for operand in operands if operand.dtype != target.dtype)
     if target.dtype not in FLOATING:
-        return f"Make {target.name} a floating tensor, or do without the in-place write."
-    return (
-        f"Cast the source, `{source.name}.to({target.name}.dtype)`, or make {target.name} with "
-        f"`dtype={source.name}.dtype`."
-    )
+        return f"Make {target.name} a floating-point tensor, or use the out-of-place operation."
+    like_target, like_source = _dtype_of(target), _dtype_of(source)
+    casting = cast_of(source, f".to({like_target})")
+    return f"Cast the source, {casting}, or make {target.name} with `dtype={like_source}`."
+
+
+def _dtype_of(operand: FailedOperand) -> str:
+    return f"torch.{operand.dtype}" if operand.stored else f"{operand.name}.dtype"

@@ -6,27 +6,27 @@ from ampcheck.trace import InferenceTensor, Trace
 
 _SAID = {
     "saved": "Autograd needs to save a tensor that was made under `inference_mode`",
-    "written": "A tensor that was made under `inference_mode` was written to outside of it",
-    "leaf": "A tensor that was made under `inference_mode` was asked to require grad",
+    "written": "A tensor that was made under `inference_mode` was modified in place outside of it",
+    "leaf": "A tensor that was made under `inference_mode` was set to require grad",
 }
 
 
 @rule(
     "AMP406",
     Severity.ERROR,
-    fix="Use `torch.no_grad()` in place of `torch.inference_mode()`, or `.clone()` the tensor where training uses it.",
+    fix="Use `torch.no_grad()` instead of `torch.inference_mode()`, or `.clone()` the tensor where training uses it.",
     needs=("failure",),
 )
 def inference_tensor_in_autograd(trace: Trace) -> Iterator[Evidence]:
     """A tensor made under `inference_mode` reached an operation that autograd records.
 
     What it does
-        Names the line that used it and, where that was seen, the last line that made a tensor under
+        Names the line that used the tensor and, if AmpCheck saw it, the last line that made a tensor under
         `inference_mode`.
 
     Why is this bad?
-        Inference tensors have no version counter, so autograd cannot keep them. Frozen backbones and cached features
-        are the usual source.
+        Inference tensors have no version counter, so autograd cannot save them. They usually come from frozen backbones
+        and cached features.
 
     Example
         ```python

@@ -7,18 +7,16 @@ from ampcheck.trace import Trace
 @rule(
     "AMP900",
     Severity.WARNING,
-    fix="Report it with the exception's traceback and the versions that `ampcheck doctor` prints; the training itself "
-    "is not affected.",
+    fix="Report it with the traceback and the output of `ampcheck doctor`. The training itself is not affected.",
 )
 def internal_error(trace: Trace) -> Iterator[Evidence]:
     """AmpCheck itself failed and switched itself off.
 
     What it does
-        Tells that an exception was raised inside AmpCheck. All its probes are removed, and the training goes on
-        without it.
+        Reports an exception raised inside AmpCheck. AmpCheck removes all its probes, and training goes on without it.
 
     Why is this bad?
-        From there on nothing is checked: that no other finding is reported means nothing.
+        From then on nothing is checked: the absence of other findings means nothing.
 
     Example
         ```text

@@ -1,4 +1,4 @@
-"""Which rules are judged."""
+"""Selecting rules and judging a trace by them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ampcheck.trace import Trace
 def selected(select: str | Iterable[str] = (), ignore: str | Iterable[str] = ()) -> tuple[Rule, ...]:
     """The rules whose code starts with one of ``select`` (empty: all) and with none of ``ignore``.
 
-    Both take codes or their beginnings (``"AMP101"``, ``"AMP2"``), comma-separated or as several strings. Raises
-    ``ValueError`` for one that begins no rule's code.
+    Both take codes or prefixes (``"AMP101"``, ``"AMP2"``), comma-separated or as several strings. Raises
+    ``ValueError`` for a prefix that matches no rule.
     """
     wanted, unwanted = _prefixes(select), _prefixes(ignore)
     return tuple(
@@ -22,8 +22,8 @@ def selected(select: str | Iterable[str] = (), ignore: str | Iterable[str] = ())
 
 
 def judge(trace: Trace, rules: Iterable[Rule]) -> tuple[tuple[Finding, ...], dict[str, str]]:
-    """The findings of ``rules`` on a trace, most severe first, and by code why a rule could not be judged. A rule
-    about what this run does not have (a failure, an averaged copy) finds nothing."""
+    """The findings of ``rules`` on a trace, most severe first, and by code the reason why a rule could not be judged. A
+    rule about something that this run does not have (a failure, an averaged copy) finds nothing."""
     findings: list[Finding] = []
     not_judged: dict[str, str] = {}
     for rule in rules:
@@ -36,7 +36,7 @@ def judge(trace: Trace, rules: Iterable[Rule]) -> tuple[tuple[Finding, ...], dic
 
 
 def reaching(findings: Iterable[Finding], severity: Severity | None) -> tuple[Finding, ...]:
-    """The findings that are at least as severe."""
+    """The findings of at least this severity."""
     return tuple(f for f in findings if severity is not None and f.severity >= severity)
 
 

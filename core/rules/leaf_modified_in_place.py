@@ -9,17 +9,17 @@ from ampcheck.trace import LeafModified, Trace
 @rule(
     "AMP403",
     Severity.ERROR,
-    fix="Update parameters inside `with torch.no_grad():`; for an input, write out of place.",
+    fix="Update parameters inside `with torch.no_grad():`; for an input, use the out-of-place operation.",
     needs=("failure",),
 )
 def leaf_modified_in_place(trace: Trace) -> Iterator[Evidence]:
-    """A leaf tensor that requires grad was written to in place.
+    """A leaf tensor that requires grad was modified in place.
 
     What it does
         Names the line that writes to a parameter, or to an input that requires grad, while autograd records.
 
     Why is this bad?
-        A leaf is where gradients end up: it cannot at once be the result of an operation. PyTorch refuses the write.
+        Gradients accumulate in leaves, and a leaf cannot also be the result of an operation. PyTorch refuses the write.
 
     Example
         ```python
@@ -44,7 +44,7 @@ def leaf_modified_in_place(trace: Trace) -> Iterator[Evidence]:
     site = as_write(failure.sites[0]) if failure.sites else None
     line = f" by `{statement(site)}`{place(site)}" if site and site.code else ""
     yield Evidence(
-        f"A leaf tensor that requires grad was written to in place{line}.",
+        f"A leaf tensor that requires grad was modified in place{line}.",
         module=failure.module,
         sites=(site,) if site else (),
     )

@@ -10,20 +10,20 @@ _ENOUGH = 3
 @rule(
     "AMP307",
     Severity.WARNING,
-    fix="Look for what overflows in the forward pass (a loss in float16, a division by a small number) and compute "
-    "that in float32: `with torch.autocast(device_type, enabled=False): loss = criterion(output.float(), target)`.",
+    fix="Find what overflows in the forward pass (a loss in float16, a division by a small number) and compute it in "
+    "float32: `with torch.autocast(device_type, enabled=False): loss = criterion(output.float(), target)`.",
     needs=("training",),
 )
 def loss_scale_collapse(trace: Trace) -> Iterator[Evidence]:
-    """The scaler skipped every step that was watched: its scale falls, and nothing is trained.
+    """The scaler skipped every watched step: its scale falls, and the model does not train.
 
     What it does
-        Counts the optimizer steps that the scaler left out. Judged where three or more steps were watched
-        (`watch_steps=`), and only if all of them were skipped: one or two at the start are normal.
+        Counts the optimizer steps that the scaler skipped. Reports only if three or more steps were watched
+        (`watch_steps=`) and all of them were skipped: one or two at the start are normal.
 
     Why is this bad?
-        A scaler halves its scale at each overflow. If the loss itself is not finite no scale helps: it falls towards
-        zero, every step is skipped, and the run goes on without learning anything or saying so.
+        A scaler halves its scale at each overflow. If the loss itself is not finite, no scale helps: it falls towards
+        zero, every step is skipped, and the run goes on without learning anything and without saying so.
 
     Example
         ```python
@@ -42,7 +42,7 @@ def loss_scale_collapse(trace: Trace) -> Iterator[Evidence]:
     steps = [call for call in trace.training.scaling if call.op == "step" and call.skipped is not None]
     if len(steps) >= _ENOUGH and all(call.skipped for call in steps):
         yield Evidence(
-            f"The scaler skipped all {len(steps)} optimizer steps that were watched, halving its scale each time.",
+            f"The scaler skipped all {len(steps)} watched optimizer steps, and lowered its scale each time.",
             sites=places([steps[0].site]),
             data={"steps": len(steps), "skipped": len(steps)},
         )

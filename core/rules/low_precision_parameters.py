@@ -10,21 +10,21 @@ from ampcheck.trace import Trace
 @rule(
     "AMP201",
     Severity.WARNING,
-    fix="Keep the trainable parameters in float32: drop the `.half()` or `.to(dtype)` that made them so, or call "
-    "`.float()` on them before the optimizer is created.",
+    fix="Keep the trainable parameters in float32: remove the `.half()` or `.to(dtype)` that cast them, or call "
+    "`model.float()` before you create the optimizer.",
     needs=("model",),
 )
 def low_precision_parameters(trace: Trace) -> Iterator[Evidence]:
     """Trainable parameters are float16 or bfloat16 under mixed precision.
 
     What it does
-        Counts the trainable float16 and bfloat16 parameters where mixed precision was asked for. It is an error for
-        float16 parameters under an enabled gradient scaler. Frozen parameters are left alone.
+        Counts the trainable float16 and bfloat16 parameters if mixed precision was asked for. float16 parameters under
+        an enabled gradient scaler are an error. Skips frozen parameters.
 
     Why is this bad?
-        Mixed precision keeps the weights in float32 and lets autocast cast them. Gradients of float16 parameters are
-        float16 too, and the scaler refuses them: `ValueError: Attempting to unscale FP16 gradients.` Without a scaler
-        training goes on, and updates smaller than the rounding of the weights are lost.
+        Mixed precision keeps the weights in float32 and lets autocast cast them. float16 parameters have float16
+        gradients, and the scaler refuses them: `ValueError: Attempting to unscale FP16 gradients.` Without a scaler
+        training goes on, but updates smaller than the rounding of the weights are lost.
 
     Example
         ```python

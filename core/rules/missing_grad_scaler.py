@@ -9,18 +9,18 @@ from ampcheck.trace import Trace
 @rule(
     "AMP301",
     Severity.WARNING,
-    fix="Scale the loss with an enabled `torch.amp.GradScaler(device_type)`, or use bfloat16 where the device has it.",
+    fix="Scale the loss with an enabled `torch.amp.GradScaler(device_type)`, or use bfloat16 if the device has it.",
 )
 def missing_grad_scaler(trace: Trace) -> Iterator[Evidence]:
-    """Autocast in float16 is used without an enabled gradient scaler.
+    """Autocast runs in float16 without an enabled gradient scaler.
 
     What it does
-        Looks at the autocast dtype that was seen in force or, before any step has been watched, at the declared one,
-        and at the scaler.
+        Compares the scaler with the autocast dtype in force or, before any step has been watched, with the declared
+        dtype.
 
     Why is this bad?
-        Gradients below 6e-8 become zero in float16, and late in training many are that small. The
-        loss curve flattens early, and nothing is raised.
+        Gradients below 6e-8 become zero in float16, and late in training many are that small. The loss curve flattens
+        early, and nothing raises.
 
     Example
         ```python
@@ -44,7 +44,7 @@ def missing_grad_scaler(trace: Trace) -> Iterator[Evidence]:
     precision = trace.precision
     if scaling(trace) or (trace.scaler is None and precision.scaler):
         return
-    scaler = "no gradient scaler" if trace.scaler is None else f"a {trace.scaler.type} that is disabled"
+    scaler = "no gradient scaler" if trace.scaler is None else f"a disabled {trace.scaler.type}"
     declared = precision.mixed and (precision.effective_dtype or precision.dtype) == "float16"
     calls = in_force(trace.training)["float16"]
     seen_otherwise = trace.training is not None and precision.by == "autocast"

@@ -9,18 +9,18 @@ from ampcheck.trace import Trace
 @rule(
     "AMP202",
     Severity.WARNING,
-    fix="Give the parameters of a module one dtype, with `module.to(dtype)` on the whole of it.",
+    fix="Give all parameters of a module one dtype: call `module.to(dtype)` on the whole module.",
     needs=("model",),
 )
 def mixed_dtypes_in_module(trace: Trace) -> Iterator[Evidence]:
     """The parameters of one module, such as its weight and its bias, differ in dtype.
 
     What it does
-        Lists the modules whose own parameters are of more than one of float16, bfloat16, float32 and float64.
-        Quantized weights beside floating scales are left alone, and so are buffers.
+        Lists the modules whose own parameters have more than one of float16, bfloat16, float32 and float64. Skips
+        quantized weights with floating-point scales, and buffers.
 
     Why is this bad?
-        Autocast hides it: it casts weight and bias alike. Where autocast is off, in evaluation or in a region with
+        Autocast hides it: it casts weight and bias alike. With autocast off, in evaluation or in a region with
         `enabled=False`, the same layer raises `Input type (c10::Half) and bias type (float) should be the same`.
 
     Example

@@ -9,20 +9,20 @@ from ampcheck.trace import AutocastRegion, ModuleCall, Site, StepTrace, Trace
 @rule(
     "AMP110",
     Severity.INFO,
-    fix="Leave it as it is where float32 is wanted there; else run the module inside the autocast region.",
+    fix="Leave it if you want float32 there; otherwise run the module inside the autocast region.",
     needs=("training", "uncompiled"),
 )
 def module_outside_autocast(trace: Trace) -> Iterator[Evidence]:
     """Modules ran with autocast off while the rest ran with it on.
 
     What it does
-        Lists, by the line that turned autocast off, the modules of the watched training step that ran with it off
-        while others ran with it on. Of modules inside one another the outermost is named. Modules that autocast is
-        entered inside of are not counted.
+        Lists the modules of the watched training step that ran with autocast off while others ran with it on, grouped
+        by the line that turned it off. Of nested modules, names the outermost. Skips modules that enter autocast
+        inside their own forward.
 
     Why is this bad?
-        Often it is intended: a loss or an attention in float32 is good practice. It costs speed and memory where it
-        is not, and a module that has autocast off gets low-precision inputs unless somebody calls `.float()`.
+        Often it is intended: a loss or an attention in float32 is good practice. Otherwise it costs speed and memory,
+        and a module with autocast off gets low-precision inputs unless somebody calls `.float()`.
 
     Example
         ```python
@@ -77,7 +77,7 @@ def _around(name: str) -> set[str]:
 
 
 def _outermost(calls: list[ModuleCall]) -> list[str]:
-    """Names of the modules that no other of the calls encloses, and types of those that are no part of the model."""
+    """Names of the modules that no other of the calls encloses, and types of modules outside the model."""
     named = {call.module for call in calls}
     outermost = (call for call in calls if call.module is None or not _around(call.module) & named)
     return list(dict.fromkeys(call.module or call.type for call in outermost))

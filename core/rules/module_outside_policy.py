@@ -10,22 +10,22 @@ from ampcheck.trace import ModuleCall, Policy, Trace
 @rule(
     "AMP111",
     Severity.WARNING,
-    fix="Hand the same `mp_policy=` to every `fully_shard(...)` call, and where float32 is meant say so: "
+    fix="Pass the same `mp_policy=` to every `fully_shard(...)` call. If you want float32 there, pass "
     "`MixedPrecisionPolicy(param_dtype=torch.float32)`.",
     needs=("model", "training"),
 )
 def module_outside_policy(trace: Trace) -> Iterator[Evidence]:
-    """Modules of a sharded model computed in another dtype than its mixed precision policy names.
+    """Modules of a sharded model did not compute in the dtype of its mixed precision policy.
 
     What it does
-        Reads the policies that `fully_shard` or `FullyShardedDataParallel` was given, and the dtype that the own
-        parameters of each module had when it computed in the watched training step. Modules under a policy that
-        names float32 are taken as meant. Where autocast was on, AMP104 compares the dtypes.
+        Reads the policies passed to `fully_shard` or `FullyShardedDataParallel`, and the dtype of each module's own
+        parameters when it computed in the watched training step. A policy that names float32 counts as intended. If
+        autocast was on, AMP104 compares the dtypes.
 
     Why is this bad?
-        A policy holds for the module it was given with, without the modules in it that are sharded by a call of
-        their own. One that was sharded without a policy computes in float32, at the memory and speed of float32, and
-        gets its inputs as they come: a layer that is given low-precision activations dies of them.
+        A policy applies to the module it was passed with, but not to submodules that a call of their own shards. A
+        submodule sharded without a policy computes in float32, with the memory and speed of float32, and nothing casts
+        its inputs: a layer that gets low-precision activations fails.
 
     Example
         ```python
@@ -69,7 +69,7 @@ def module_outside_policy(trace: Trace) -> Iterator[Evidence]:
         yield Evidence(
             f"{asking.source} was asked for on {asking.module or 'the model itself'}, but {some(names)} computed with "
             f"{' and '.join(computed)} parameters in {count(total, 'module call')} of the training step, {why}; "
-            f"{count(inside, 'call')} had {asking.dtype} ones.",
+            f"{count(inside, 'call')} had {asking.dtype} parameters.",
             module=names[0] if len(names) == 1 else None,
             data={"asked": asking.dtype, "computed": computed, "modules": names, "sharded": policy and policy.module},
         )
@@ -79,4 +79,4 @@ def _why(policy: Policy | None) -> str:
     if policy is None:
         return "which no policy covers"
     name = policy.module or "the model itself"
-    return f"under {policy.source} of {name}" if policy.dtype else f"since {name} is sharded without a policy"
+    return f"under {policy.source} of {name}" if policy.dtype else f"because {name} is sharded without a policy"

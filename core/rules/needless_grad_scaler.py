@@ -9,19 +9,19 @@ from ampcheck.trace import Trace
 @rule(
     "AMP302",
     Severity.INFO,
-    fix="Make the scaler only for float16: `torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)`.",
+    fix="Enable the scaler only for float16: `torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)`.",
     needs=("model",),
 )
 def needless_grad_scaler(trace: Trace) -> Iterator[Evidence]:
     """A gradient scaler is enabled with bfloat16 or float32.
 
     What it does
-        Looks for an enabled scaler where autocast is used in bfloat16, or where float32 or bfloat16 without autocast
-        was declared. It is an error for trainable bfloat16 parameters on CUDA.
+        Looks for an enabled scaler if autocast runs in bfloat16, or if float32 or bfloat16 without autocast was
+        declared. It is an error for trainable bfloat16 parameters on CUDA.
 
     Why is this bad?
-        bfloat16 and float32 have the range that gradients need: nothing is lost without scaling. The scaler costs a
-        pass over all gradients a step, and may skip steps. On CUDA it has no kernel for bfloat16 gradients:
+        bfloat16 and float32 have the range that gradients need, so nothing is lost without scaling. The scaler costs a
+        pass over all gradients per step, and may skip steps. On CUDA it has no kernel for bfloat16 gradients:
         `"_amp_foreach_non_finite_check_and_unscale_cuda" not implemented for 'BFloat16'`.
 
     Example
@@ -50,7 +50,7 @@ def needless_grad_scaler(trace: Trace) -> Iterator[Evidence]:
     names = [parameter.name for parameter in trainable(trace.model) if parameter.dtype == "bfloat16"]
     if names and trace.model.device_type == "cuda" and optimized(trace, "bfloat16"):
         yield Evidence(
-            f"The {scaler.type} is enabled, and has no CUDA kernel for the gradients of "
+            f"The {scaler.type} is enabled, but it has no CUDA kernel for the gradients of "
             f"{count(len(names), 'trainable bfloat16 parameter')}: {some(names)}.",
             data={"dtype": "bfloat16", "parameters": names},
             severity=Severity.ERROR,
@@ -65,6 +65,6 @@ def needless_grad_scaler(trace: Trace) -> Iterator[Evidence]:
     if dtype is not None and dtype != "float16":
         how = "autocast" if precision.mode == "unknown" else precision.mode
         yield Evidence(
-            f"The {scaler.type} is enabled, and {how} {dtype} needs no loss scaling.",
+            f"The {scaler.type} is enabled, but {how} {dtype} needs no loss scaling.",
             data={"dtype": dtype},
         )

@@ -5,29 +5,30 @@ from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import MissingGradients, Trace, WithoutGradient
 
 _WHY: dict[WithoutGradient, str] = {
-    "frozen": "{are} frozen (`requires_grad` is false)",
-    "not-the-models": "{are} not the model's: the optimizer was made before the model was moved, wrapped or rebuilt",
-    "no-gradient": "got no gradient: the loss does not depend on {them}, or was detached",
+    "frozen": "{are} frozen (`requires_grad=False`)",
+    "not-the-models": "{are} not the model's (the optimizer was built before the model was moved, wrapped or rebuilt)",
+    "no-gradient": "got no gradient (the loss does not depend on {them}, or was detached)",
 }
 
 
 @rule(
     "AMP304",
     Severity.ERROR,
-    fix="Make the optimizer of the model's own trainable parameters, after moving and wrapping it, and step only after "
-    "a backward that reached them.",
+    fix="Build the optimizer from the model's trainable parameters after moving and wrapping the model, and call "
+    "`scaler.step(optimizer)` only after a backward that reached them.",
     needs=("failure",),
 )
 def no_inf_checks(trace: Trace) -> Iterator[Evidence]:
-    """The scaler was asked to step an optimizer none of whose parameters has a gradient.
+    """`scaler.step()` was called for an optimizer whose parameters have no gradients.
 
     What it does
-        Sorts the optimizer's parameters by why they have no gradient: frozen, not the model's (the optimizer was made
-        from another or an earlier copy), or reached by no backward; and says whether other parameters got one.
+        Sorts the optimizer's parameters by the reason why they have no gradient: they are frozen, they are not the
+        model's (the optimizer was built from another or an earlier copy), or no backward reached them. Also says
+        whether other parameters got gradients.
 
     Why is this bad?
-        The step dies, and had it not, nothing would have been trained. The message names neither the parameters nor
-        the reason.
+        The step raises; otherwise it would train nothing. PyTorch's message names neither the parameters nor the
+        reason.
 
     Example
         ```python
@@ -68,8 +69,7 @@ def no_inf_checks(trace: Trace) -> Iterator[Evidence]:
     )
     reason = next(iter(without)) if len(without) == 1 else "several"
     yield Evidence(
-        f"None of the {facts.optimized} parameters that {facts.optimizer} holds has a gradient: "
-        f"{'; '.join(parts)}.{tail}",
+        f"None of the {facts.optimized} parameters in {facts.optimizer} has a gradient: {'; '.join(parts)}.{tail}",
         sites=failure.sites[:1],
         data={
             "reason": reason,
@@ -89,17 +89,17 @@ def _part(why: WithoutGradient, names: Sequence[str]) -> str:
 
 def _fix(reason: str, *, elsewhere: bool) -> str | None:
     if reason == "not-the-models":
-        return "Make the optimizer of `model.parameters()` after the model was moved, wrapped or rebuilt."
+        return "Build the optimizer from `model.parameters()` after the model is moved, wrapped or rebuilt."
     if reason == "frozen":
         return (
-            "Set `requires_grad_(True)` on what is to be trained, or hand the optimizer the parameters that require "
-            "gradients."
+            "Call `requires_grad_(True)` on the parameters to train, or build the optimizer from parameters that "
+            "require grad."
         )
     if reason == "no-gradient" and not elsewhere:
         return (
-            "Skip backward and `scaler.step` for a batch whose loss depends on no parameter, or find where it is "
+            "Skip backward and `scaler.step` for a batch whose loss depends on no parameter, or find where the loss is "
             "detached."
         )
     if reason == "no-gradient":
-        return "Hand the optimizer the parameters that the loss depends on, or make the loss depend on these."
+        return "Build the optimizer from the parameters that the loss depends on, or make the loss depend on these."
     return None

@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.rules._operation import crash_message, data_of, function_fix, no_kernel, sites_of, told_by
+from ampcheck.rules._words import cast_of
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import FailedOperation, OpNotImplemented, Trace
 
@@ -9,18 +10,19 @@ from ampcheck.trace import FailedOperation, OpNotImplemented, Trace
 @rule(
     "AMP207",
     Severity.ERROR,
-    fix="Cast the operands to float32 for this one call, `op(x.float())`, and the result back where that is wanted.",
+    fix="Cast the operands to float32 for this one call, `op(x.float())`, and the result back if you need it in low "
+    "precision.",
     needs=("failure",),
 )
 def op_not_implemented(trace: Trace) -> Iterator[Evidence]:
     """An operation has no kernel for float16 or bfloat16.
 
     What it does
-        Names the operation, the operands that reached it in low precision, and what made them so.
+        Names the operation, the operands that reached it in low precision, and what made them low precision.
 
     Why is this bad?
-        The step dies. Decompositions, distances, many extension kernels and non-maximum suppression exist in float32
-        and float64 only, and where autocast does not know them nobody casts.
+        The step fails. Decompositions, distances, many extension kernels and non-maximum suppression exist only in
+        float32 and float64, and autocast casts nothing for an operation that it has no rule for.
 
     Example
         ```python
@@ -54,11 +56,11 @@ def _fix(operation: FailedOperation) -> str | None:
     if function is not None and function.method == "forward":
         return function_fix(function, next((o.device_type for o in operands if o.device_type), "cuda"))
     low = [
-        operand.name
+        cast_of(operand, ".float()")
         for operand in operands
         if operand.device and not operand.library and operand.dtype in LOW_PRECISION
     ]
     if not low:
         return None
-    casts = ", ".join(f"`{name}.float()`" for name in dict.fromkeys(low))
-    return f"Cast to float32 for this call: {casts}; and the result back, `.to(...)`, where low precision is wanted."
+    casts = ", ".join(dict.fromkeys(low))
+    return f"Cast to float32 for this call: {casts}. Cast the result back with `.to(...)` if you need low precision."

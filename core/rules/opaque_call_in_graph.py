@@ -14,18 +14,18 @@ _KINDS = {
 @rule(
     "AMP603",
     Severity.WARNING,
-    fix="Register it with `torch.library.custom_op`, or export with its plain PyTorch path (`ampcheck.plain_kernels`).",
+    fix="Register it with `torch.library.custom_op`, or export a plain PyTorch version (`ampcheck.plain_kernels`).",
     needs=("comparison",),
 )
 def opaque_call_in_graph(trace: Trace) -> Iterator[Evidence]:
-    """The exported graph calls something that no runtime but this Python process can run.
+    """The exported graph calls code that only this Python process can run.
 
     What it does
-        Lists the nodes of the graph that call Python (`prim::PythonOp`, custom autograd functions) or an operator that
-        has no schema.
+        Lists the nodes of the graph that call Python (`prim::PythonOp`, custom autograd functions) or an operator
+        without a schema.
 
     Why is this bad?
-        The graph is exact here, where the Python function is at hand. It cannot be saved, or fails where it is loaded.
+        The graph is exact here, where the Python function exists. It cannot be saved, or fails where it is loaded.
 
     Example
         ```python

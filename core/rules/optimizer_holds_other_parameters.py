@@ -18,12 +18,11 @@ def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
     """The optimizer's parameters are not the model's.
 
     What it does
-        Compares, by identity, the parameters that the optimizers hold with those of the model, and speaks only where
-        none of the model's is held by any. Optimizers that keep float32 copies of low-precision weights are left
-        alone.
+        Compares, by identity, the parameters in the optimizers with those of the model, and reports only if no
+        optimizer holds any of the model's. Skips optimizers that keep float32 copies of low-precision weights.
 
     Why is this bad?
-        The model never changes. Without a scaler nothing is raised; with one the first step ends in `No inf checks
+        The model never changes. Without a scaler nothing raises; with a scaler the first step fails with `No inf checks
         were recorded for this optimizer.`
 
     Example
@@ -56,7 +55,7 @@ def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
         return
     held = (f"{optimizer.type} with {count(optimizer.parameters, 'parameter')}" for optimizer in optimizers)
     yield Evidence(
-        f"None of the {count(len(parameters), 'trainable parameter of the model')} is held by an optimizer: there is "
+        f"No optimizer holds any of the {count(len(parameters), 'trainable parameter of the model')}: there is "
         f"{some(held)}, none of them the model's.",
         data={
             "trainable": len(parameters),

@@ -16,11 +16,11 @@ def parameters_updated_before_backward(trace: Trace) -> Iterator[Evidence]:
     """An optimizer stepped between a forward pass and its backward.
 
     What it does
-        Names the step that changed parameters, and the operation that had saved them for a backward still to come.
+        Names the step that changed parameters, and the operation that had saved them for a later backward.
 
     Why is this bad?
-        The backward pass would use the new parameters with the old activations. PyTorch stops it; optimizers that
-        write through `.data` make it silently wrong.
+        Backward would combine the new parameters with the old activations. PyTorch raises; after an optimizer that
+        writes through `.data`, backward is silently wrong.
 
     Example
         ```python
@@ -54,7 +54,7 @@ def _evidence(trace: Trace, stale: tuple[StaleTensor, ...], *, silent: bool) -> 
     write = next((write for write in first.writes if write.by == "optimizer"), None)
     names = list(dict.fromkeys(one.name for one in stale if one.name and cause(one) == "optimizer"))
     changed = some(names) if names else "parameters"
-    passed = " The step writes past the version counter, so PyTorch says nothing." if silent else ""
+    passed = " The step bypasses the version counter, so PyTorch says nothing." if silent else ""
     if write is None:
         return _unseen(trace, stale, names)
     return Evidence(

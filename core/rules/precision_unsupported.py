@@ -8,20 +8,19 @@ from ampcheck.trace import Trace
 @rule(
     "AMP107",
     Severity.WARNING,
-    fix="Use the low-precision dtype that the device computes natively, or train in float32.",
+    fix="Use the low-precision dtype that the device supports natively, or train in float32.",
     needs=("model",),
 )
 def precision_unsupported(trace: Trace) -> Iterator[Evidence]:
-    """The dtype is not supported, or emulated, on this device.
+    """This device does not support the dtype, or only emulates it.
 
     What it does
-        Asks PyTorch whether the device computes natively in the autocast dtype that was seen in force or, before any
-        step has been watched, in the dtype that was declared.
+        Asks PyTorch whether the device natively supports the autocast dtype in force or, before any step has been
+        watched, the declared dtype.
 
     Why is this bad?
-        An emulated dtype gives the rounding of low precision without its speed: each operation is converted to
-        float32 and back, and optimized kernels are missing. `torch.cuda.is_bf16_supported()` counts emulation as
-        support.
+        An emulated dtype has the rounding of low precision without its speed: each operation converts to float32 and
+        back, and optimized kernels are missing. `torch.cuda.is_bf16_supported()` counts emulation as support.
 
     Example
         ```python
@@ -50,8 +49,8 @@ def precision_unsupported(trace: Trace) -> Iterator[Evidence]:
     for dtype in dtypes:
         if dtype and trace.environment.native.get((device_type, dtype)) is False:
             yield Evidence(
-                f"The training runs in {dtype}, which this {device_type} device does not compute natively: it is "
-                "emulated or not supported.",
+                f"Training runs in {dtype}, but this {device_type} device does not support it natively: it is "
+                "emulated or missing.",
                 data={"device_type": device_type, "dtype": dtype},
                 fix=_fix(trace, device_type),
             )
@@ -60,6 +59,6 @@ def precision_unsupported(trace: Trace) -> Iterator[Evidence]:
 def _fix(trace: Trace, device_type: str) -> str:
     native = [dtype for dtype in ("bfloat16", "float16") if trace.environment.native.get((device_type, dtype))]
     if not native:
-        return f"Train in float32: this {device_type} device computes neither float16 nor bfloat16 natively."
+        return f"Train in float32: this {device_type} device supports neither float16 nor bfloat16 natively."
     scaler = " with a gradient scaler" if native[0] == "float16" else ""
-    return f"Use {native[0]}{scaler}, which this {device_type} device computes natively, or train in float32."
+    return f"Use {native[0]}{scaler}, because this {device_type} device supports it natively, or train in float32."

@@ -28,7 +28,7 @@ class Severity(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Edit:
-    """A remedy that is a line: what stands there, and what to write instead (two lines where one is added)."""
+    """A fix that is a line: the line as it is, and what to write instead (two lines if it adds one)."""
 
     file: str
     line: int
@@ -39,9 +39,9 @@ class Edit:
 @dataclass(frozen=True)
 class Evidence:
     """What a rule saw: a full sentence with the names and numbers, and where. ``data`` holds the facts behind it as
-    JSON values. ``severity`` and ``fix`` replace the rule's own where this case is milder, worse or more specific;
-    ``edit`` is the fix where it is a line.
-    ``told_by`` is the code of the rule that says the same better, where it is judged too.
+    JSON values. ``severity`` and ``fix`` replace the rule's own if this case is milder, worse or more specific;
+    ``edit`` is the fix as an edited line. ``told_by`` is the code of a rule that reports the same better, if it is
+    judged too.
     """
 
     message: str
@@ -57,7 +57,7 @@ class Evidence:
 @dataclass(frozen=True)
 class Finding:
     """A rule's verdict on one piece of evidence. Findings compare by value. ``tried``: whether the step ran with the
-    ``edit`` (``None``: it was not tried)."""
+    ``edit`` (``None``: not tried)."""
 
     code: str
     name: str
@@ -74,7 +74,7 @@ class Finding:
 
 
 def told(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The findings without those that another of them tells better."""
+    """The findings without those that another of them reports better."""
     findings = tuple(findings)
     codes = {finding.code for finding in findings}
     return tuple(finding for finding in findings if finding.told_by not in codes)
@@ -93,7 +93,7 @@ class Rule:
     judge: Judge
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The function a rule is made of hides behind the rule's own name and cannot be pickled.
+        # The rule's function cannot be pickled: in its module, its name stands for the rule.
         return _rule_at, (self.judge.__module__, self.judge.__name__)
 
     @property
@@ -106,7 +106,7 @@ class Rule:
         return self.page.partition("\n")[0]
 
     def missing(self, trace: Trace) -> str | None:
-        """The first fact the rule needs that the trace has not, or ``None``."""
+        """The first fact that the rule needs and the trace lacks, or ``None``."""
         return next((fact for fact in self.needs if getattr(trace, fact) is None), None)
 
     def __call__(self, trace: Trace) -> Iterator[Finding]:
@@ -133,7 +133,7 @@ def _rule_at(module: str, name: str) -> Rule:
 
 
 def rule(code: str, severity: Severity, *, fix: str, needs: Iterable[str] = ()) -> Callable[[Judge], Rule]:
-    """Make a rule of a generator of evidence; the function's name, in kebab case, becomes the rule's."""
+    """Make a rule from a generator of evidence; the function's name, in kebab case, becomes the rule's."""
 
     def decorate(judge: Judge) -> Rule:
         return Rule(code, judge.__name__.replace("_", "-"), severity, fix, tuple(needs), judge)

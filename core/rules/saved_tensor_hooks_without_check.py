@@ -8,18 +8,18 @@ from ampcheck.trace import Trace
 @rule(
     "AMP409",
     Severity.WARNING,
-    fix="Let the pack hook return a copy or a handle, or compare `tensor._version` in the unpack hook.",
+    fix="Return a copy from the pack hook, `t.clone()`, or compare `t._version` in the unpack hook.",
     needs=("graph",),
 )
 def saved_tensor_hooks_without_check(trace: Trace) -> Iterator[Evidence]:
-    """Saved-tensor hooks hand tensors back as they were, which switches PyTorch's version check off.
+    """Saved-tensor hooks return tensors without a copy, which switches off PyTorch's version check.
 
     What it does
-        Looks for saved tensors that backward got back from a pack hook with the memory they were saved with.
+        Looks for saved tensors that backward got back from saved-tensor hooks in the memory they were saved in.
 
     Why is this bad?
-        PyTorch checks the version of what it saved itself, and trusts hooks. Under such hooks a write in place
-        gives wrong gradients where it would have raised.
+        PyTorch checks the versions of the tensors that it saves itself, but trusts hooks. Under such hooks an in-place
+        write gives wrong gradients instead of an error.
 
     Example
         ```python
@@ -40,8 +40,8 @@ def saved_tensor_hooks_without_check(trace: Trace) -> Iterator[Evidence]:
     for unchecked in trace.graph.unchecked:
         hooks = f"Saved-tensor hooks{place(unchecked.hooks)}"
         yield Evidence(
-            f"{hooks} switch PyTorch's version check off: what {unchecked.node} saved{place(unchecked.save)} comes "
-            "back as it was.",
+            f"{hooks} switch off PyTorch's version check: they return the tensor that {unchecked.node} saved"
+            f"{place(unchecked.save)} without a copy.",
             module=unchecked.save.module if unchecked.save else None,
             sites=places((unchecked.save, unchecked.hooks)),
             data={"node": unchecked.node},

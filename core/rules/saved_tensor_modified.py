@@ -18,19 +18,19 @@ from ampcheck.trace import Failure, SavedTensorModified, Trace
 @rule(
     "AMP401",
     Severity.ERROR,
-    fix="Make the write out of place, or write to a copy: `x = x.clone()` before it.",
+    fix="Use the out-of-place operation, or write to a copy: `x = x.clone()` before the write.",
     needs=("failure",),
 )
 def saved_tensor_modified(trace: Trace) -> Iterator[Evidence]:
     """A tensor that autograd had saved for backward was modified in place before backward used it.
 
     What it does
-        Takes the line that wrote from the log of writes of the failing step, the line and the node that saved from
-        the graph on which backward failed, and lists all other saved tensors that are stale too.
+        Finds the line that wrote in the log of writes of the failing step, and the line and the node that saved in the
+        graph on which backward failed. Lists all other saved tensors that are stale too.
 
     Why is this bad?
-        The gradient needs the value that is gone, so the step dies in backward. PyTorch names the operation whose
-        gradient failed; the write is somewhere else, often in another module or in another file.
+        The gradient needs the old value, which is gone, so backward raises. PyTorch names the operation whose gradient
+        failed; the write is somewhere else, often in another module or another file.
 
     Example
         ```python
@@ -61,7 +61,7 @@ def saved_tensor_modified(trace: Trace) -> Iterator[Evidence]:
     if first.writes:
         message = f"{what(first)} was modified in place before backward could use it."
     else:
-        message = f"{what(first)} was modified before backward could use it, by a write that was not seen."
+        message = f"{what(first)} was modified before backward could use it, by a write that AmpCheck did not see."
     write = first.writes[0] if first.writes else None
     fix, edit = remedy(trace, first)
     yield Evidence(
@@ -81,7 +81,7 @@ def _from_message(trace: Trace, failure: Failure, facts: SavedTensorModified) ->
     shape = list(facts.shape) if facts.shape is not None else None
     data = {"node": facts.node, "dtype": facts.dtype, "shape": shape}
     return Evidence(
-        f"{tensor} was modified in place before backward could use it. Which line wrote was not seen"
+        f"{tensor} was modified in place before backward could use it. AmpCheck did not see which line wrote"
         f"{f': {replay}' if replay else ''}.",
         module=failure.module,
         sites=failure.sites[:1],

@@ -6,28 +6,28 @@ from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import StaleTensor, Trace
 
 _HOW = {
-    "untracked": "through `.data` or another alias that does not share its version, so that PyTorch does not notice",
+    "untracked": "through `.data` or another alias with its own version counter, so PyTorch does not notice",
     "hooks": "and saved-tensor hooks keep PyTorch from noticing",
-    "outside": "from outside PyTorch (a NumPy array that shares its memory, say), which PyTorch cannot see",
+    "outside": "from outside PyTorch (a NumPy array that shares its memory, say), so PyTorch does not notice",
 }
 
 
 @rule(
     "AMP402",
     Severity.ERROR,
-    fix="Write out of place, or, where the write is meant, before the value is used in the forward pass.",
+    fix="Use the out-of-place operation, or move the write ahead of the first use of the value in the forward pass.",
     needs=("graph",),
 )
 def saved_tensor_modified_silently(trace: Trace) -> Iterator[Evidence]:
-    """A saved tensor was overwritten past PyTorch's check, and backward used the wrong value.
+    """A saved tensor was overwritten without PyTorch noticing, and backward used the wrong value.
 
     What it does
-        Compares what backward reads with what was written since autograd saved it: through `.data`, a detached alias
-        with its own version counter, a NumPy array, saved-tensor hooks, or a custom function without `mark_dirty`.
+        Compares what backward reads with the writes since autograd saved it: through `.data`, a detached alias with
+        its own version counter, a NumPy array, saved-tensor hooks, or a custom function without `mark_dirty`.
 
     Why is this bad?
-        Nothing is raised. The gradients are those of another function than the one that was computed, and training
-        goes on with them.
+        Nothing raises. The gradients belong to a different function than the one that was computed, and training goes
+        on with them.
 
     Example
         ```python
@@ -68,7 +68,7 @@ def _message(stale: StaleTensor) -> str:
     if stale.silent == "unmarked":
         return (
             f"{stale.node} overwrote its input without `ctx.mark_dirty`, and the input was used again"
-            f"{place(stale.save)}: its gradient leaves the write out."
+            f"{place(stale.save)}: its gradient ignores the write."
         )
     return f"{what(stale)} was overwritten before backward used it, {_HOW[stale.silent or 'untracked']}."
 
@@ -76,7 +76,8 @@ def _message(stale: StaleTensor) -> str:
 def _remedy(trace: Trace, stale: StaleTensor) -> Remedy:
     if stale.silent == "unmarked":
         return Remedy(
-            "Call `ctx.mark_dirty(x)` in forward for each input it writes to and return it, or write to a copy."
+            "Call `ctx.mark_dirty(x)` in `forward` for each input `x` that it writes to and return `x`, or write to a "
+            "copy."
         )
     if stale.silent == "outside":
         return Remedy("Give NumPy a copy: `x.detach().cpu().numpy().copy()`.")

@@ -7,19 +7,19 @@ from ampcheck.trace import ScalerArgument, Trace
 @rule(
     "AMP312",
     Severity.ERROR,
-    fix='Make the scaler with `torch.amp.GradScaler("cuda")`: its first argument is the device.',
+    fix='Write `torch.amp.GradScaler("cuda")`: its first argument is the device.',
     needs=("failure",),
 )
 def scaler_bad_argument(trace: Trace) -> Iterator[Evidence]:
-    """A `GradScaler` was made with an argument it does not take, or with a device where its scale belongs.
+    """`GradScaler` got an argument it does not take, or a device as its initial scale.
 
     What it does
-        Reads from the scaler what it was made with when its first use fails: the first argument of
-        `torch.amp.GradScaler` is a device, that of the older `torch.cuda.amp.GradScaler` the initial scale. Names a
-        closure that was handed to `step()`.
+        Reads the scaler's arguments from the scaler when its first use fails: the first argument of
+        `torch.amp.GradScaler` is a device, that of the older `torch.cuda.amp.GradScaler` is the initial scale. Also
+        recognises a closure passed to `step()`.
 
     Why is this bad?
-        The call that is wrong succeeds; the crash comes at the first `scale()`, with a message about `full()`.
+        The wrong call succeeds; the error comes at the first `scale()`, with a message about `full()`.
 
     Example
         ```python
@@ -40,12 +40,12 @@ def scaler_bad_argument(trace: Trace) -> Iterator[Evidence]:
     facts = failure.facts
     if facts.argument == "closure":
         yield Evidence(
-            "`GradScaler.step()` was given a closure. An enabled scaler takes none: it must see the gradients before "
-            "the optimizer steps.",
+            "`GradScaler.step()` got a closure. An enabled scaler takes none: it must see the gradients before the "
+            "optimizer steps.",
             sites=failure.sites[:1],
             data={"argument": "closure"},
-            fix="Scale and run backward first, and call `scaler.step(optimizer)` without a closure; for an optimizer "
-            "that needs one (LBFGS, SAM) use bfloat16 without a scaler: `GradScaler(enabled=False)`.",
+            fix="Call `scaler.scale(loss).backward()` first, then `scaler.step(optimizer)` without a closure. For an "
+            "optimizer that needs one (LBFGS, SAM), use bfloat16 and `GradScaler(enabled=False)`.",
         )
         return
     if facts.argument != "init_scale":
@@ -59,8 +59,8 @@ def scaler_bad_argument(trace: Trace) -> Iterator[Evidence]:
     value = facts.value or "that is no number"
     device = value if value in ("'cuda'", "'cpu'") else "'cuda'"
     yield Evidence(
-        f"`{facts.scaler}` was made with the initial scale {value}, which is no number.",
+        f"`{facts.scaler}` got the initial scale {value}, which is not a number.",
         sites=failure.sites[:1],
         data={"argument": "init_scale", "value": value},
-        fix=f"Make it with `torch.amp.GradScaler({device})`, or pass the scale by name: `init_scale=65536.0`.",
+        fix=f"Write `torch.amp.GradScaler({device})`, or pass the scale by name: `init_scale=65536.0`.",
     )

@@ -7,8 +7,8 @@ from ampcheck.trace import Disorder, ScalerCall, ScalerOrder, Trace
 _WORDS: dict[Disorder, tuple[str, str]] = {
     "unscaled-twice": (
         "`unscale_()` ran twice for {optimizer} with no `update()` in between",
-        "Call `scaler.unscale_(optimizer)` once per step, and `scaler.update()` in every iteration that unscaled, also "
-        "where the optimizer's step is left out.",
+        "Call `scaler.unscale_(optimizer)` once per step, and `scaler.update()` in every iteration that unscales, even "
+        "if it skips the optimizer's step.",
     ),
     "unscaled-late": (
         "`unscale_()` ran for {optimizer} after `step()`",
@@ -16,10 +16,10 @@ _WORDS: dict[Disorder, tuple[str, str]] = {
     ),
     "stepped-twice": (
         "`step()` ran twice for {optimizer} with no `update()` in between",
-        "Call `scaler.update()` once after the steps of every iteration.",
+        "Call `scaler.update()` once per iteration, after its steps.",
     ),
     "never-scaled": (
-        "the scaler was asked to work for {optimizer} before it had scaled any loss",
+        "the scaler was used for {optimizer} before it had scaled any loss",
         "Backpropagate the scaled loss: `scaler.scale(loss).backward()`.",
     ),
     "early-update": (
@@ -37,15 +37,15 @@ _WORDS: dict[Disorder, tuple[str, str]] = {
     needs=("failure",),
 )
 def scaler_out_of_order(trace: Trace) -> Iterator[Evidence]:
-    """The gradient scaler's methods were called in an order it refuses.
+    """The gradient scaler's methods were called in the wrong order.
 
     What it does
-        Says which call came twice, too late or too early, for which optimizer, and where the earlier one was, if the
-        step was watched.
+        Says which call came twice, too late or too early, for which optimizer and, if the step was watched, where the
+        earlier call was.
 
     Why is this bad?
-        The scaler keeps a state per optimizer and iteration: scaled, unscaled, stepped; `update()` ends the
-        iteration. Unscaling twice would divide the gradients twice, stepping twice would use stale checks.
+        The scaler keeps a state per optimizer and iteration: scaled, unscaled, stepped. `update()` ends the iteration.
+        Unscaling twice would divide the gradients twice; stepping twice would use stale checks.
 
     Example
         ```python
@@ -81,7 +81,7 @@ def scaler_out_of_order(trace: Trace) -> Iterator[Evidence]:
 
 
 def _first(trace: Trace, reason: Disorder) -> ScalerCall | None:
-    """The earlier of the two calls that must not follow each other, where the step that died was watched."""
+    """The earlier of the two calls that must not follow each other, if the failed step was watched."""
     ops: dict[Disorder, str] = {"unscaled-twice": "unscale", "unscaled-late": "step", "stepped-twice": "step"}
     op = ops.get(reason)
     calls = trace.training.scaling if trace.training is not None else ()

@@ -16,14 +16,14 @@ def silent_promotion(trace: Trace) -> Iterator[Evidence]:
     """A float32 parameter or buffer turns low-precision activations back into float32.
 
     What it does
-        Looks, in the watched training step, for type promotion: an addition, product, concatenation or the like of a
-        low-precision tensor and a float32 parameter or buffer of the model, of which float32 came out. Only where
-        autocast is on, or where the whole model is meant to be of low precision. It is information under autocast,
-        which casts for the next layer again: position embeddings and layer scales of sound models do it.
+        Looks in the watched training step for type promotion: an addition, product, concatenation or similar of a
+        low-precision tensor and a float32 parameter or buffer of the model that returned float32. Reports it only with
+        autocast on, or if the whole model should be in low precision. It is information under autocast, which casts
+        again for the next layer: position embeddings and layer scales of sound models do this.
 
     Why is this bad?
-        The activations that follow take twice the memory, and the operations autocast does not cast run in float32.
-        Without autocast the next layer with low-precision weights raises an error of dtypes that differ.
+        The activations that follow take twice the memory, and operations that autocast does not cast run in float32.
+        Without autocast, the next layer with low-precision weights raises a dtype error.
 
     Example
         ```python

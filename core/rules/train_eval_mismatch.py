@@ -10,21 +10,21 @@ from ampcheck.trace import ModelInfo, StepTrace, Trace
 @rule(
     "AMP105",
     Severity.WARNING,
-    fix="Run training and evaluation inside the same `torch.autocast(...)`, and evaluate the model or a copy of it in "
-    "the parameters' own dtype.",
+    fix="Run training and evaluation under the same `torch.autocast(...)`, and evaluate the model, or a copy of it, in "
+    "the dtype of its parameters.",
     needs=("training", "evaluation"),
 )
 def train_eval_mismatch(trace: Trace) -> Iterator[Evidence]:
     """Training and evaluation ran under different autocast, or the evaluated copy has other dtypes.
 
     What it does
-        Compares, module by module, autocast in the first training step with autocast in the first evaluation step,
-        and the dtypes of the parameters and buffers of an evaluated copy with those of the model. It is information
-        where the framework evaluates that way by default.
+        Compares, module by module, autocast in the first training step with autocast in the first evaluation step, and
+        the dtypes of the parameters and buffers of an evaluated copy with those of the model. It is information if the
+        framework evaluates this way by default.
 
     Why is this bad?
-        The metrics are those of a slightly different network: an overflow in float16 shows in only one of the two,
-        and a module whose inputs autocast used to cast fails in the first evaluation with a dtype error.
+        The metrics belong to a slightly different network: an overflow in float16 shows in only one of the two, and a
+        module whose inputs autocast used to cast fails in the first evaluation with a dtype error.
 
     Example
         ```python
@@ -96,8 +96,8 @@ def _copy(model: ModelInfo, copy: ModelInfo, default: str | None) -> Iterator[Ev
     for (train, test), names in differing.items():
         documented = test == default
         yield Evidence(
-            f"{share(len(names), len(own), 'floating tensor of the model')} {train} in training and {test} in the copy "
-            f"that is evaluated: {some(names)}{', which is the default here' if documented else ''}.",
+            f"{share(len(names), len(own), 'floating tensor of the model')} {train} in training and {test} in the "
+            f"evaluated copy: {some(names)}{', which is the default here' if documented else ''}.",
             data={"training": train, "evaluation": test, "tensors": names},
             severity=Severity.INFO if documented else None,
         )

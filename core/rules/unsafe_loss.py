@@ -8,20 +8,20 @@ from ampcheck.trace import OpCall, Trace
 @rule(
     "AMP210",
     Severity.WARNING,
-    fix="Give logits to `binary_cross_entropy_with_logits` where the probability comes straight from one sigmoid; else "
-    "compute this loss in `torch.autocast(device_type, enabled=False)` with `.float()` on prediction and target.",
+    fix="Pass logits to `F.binary_cross_entropy_with_logits` if the probability comes straight from one sigmoid; else "
+    "compute this loss under `torch.autocast(device_type, enabled=False)` on `.float()` inputs.",
     needs=("training", "uncompiled"),
 )
 def unsafe_loss(trace: Trace) -> Iterator[Evidence]:
-    """`binary_cross_entropy` or `BCELoss` is computed under autocast.
+    """`binary_cross_entropy` or `BCELoss` runs under autocast.
 
     What it does
         Looks for calls of `binary_cross_entropy`, which `nn.BCELoss` makes too, with autocast on. It is an error on
         CUDA.
 
     Why is this bad?
-        CUDA's autocast refuses the call with `binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast`. A
-        CPU's computes it in float32, so that the code works until it meets a GPU; a prediction that a float16 sigmoid
+        Autocast on CUDA refuses the call: `binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast`. Autocast
+        on the CPU computes it in float32, so the code works until it meets a GPU. A prediction that a float16 sigmoid
         rounded to 0 or 1 is beyond repair by then.
 
     Example

@@ -12,15 +12,15 @@ from ampcheck.trace import Trace
     needs=("training",),
 )
 def unscaled_backward(trace: Trace) -> Iterator[Evidence]:
-    """Backward ran on a loss that was not scaled, for parameters that the scaler steps.
+    """Backward ran on an unscaled loss, into parameters that the scaler steps.
 
     What it does
-        Follows the watched step: a backward whose loss never went through `scaler.scale`, into parameters of an
+        Looks in the watched step for a backward whose loss never went through `scaler.scale`, into parameters of an
         optimizer that the scaler unscales or steps later in the step.
 
     Why is this bad?
-        The scaler divides these gradients by the loss scale all the same: this loss counts for a 65536th of what it
-        should. Where it is the only loss, training stands still.
+        The scaler divides these gradients by the loss scale anyway: this loss counts for a 65536th of what it should.
+        If it is the only loss, training stands still.
 
     Example
         ```python
@@ -49,7 +49,7 @@ def unscaled_backward(trace: Trace) -> Iterator[Evidence]:
             continue
         seen.add(call.site)
         yield Evidence(
-            f"The loss backpropagated{place(call.site)} was not scaled, and the scaler divides its gradients by the "
+            f"The loss backpropagated{place(call.site)} was not scaled, but the scaler divides its gradients by the "
             f"loss scale{place(divided[0].site)}.",
             sites=places([call.site, divided[0].site]),
             data={"reason": "never-scaled"},

@@ -23,18 +23,19 @@ _MADE_BY = {"split": "split", "splitwithsizes": "split", "chunk": "split", "unbi
 @rule(
     "AMP404",
     Severity.ERROR,
-    fix="Write out of place, or to a copy of the view: `x = x.clone()`.",
+    fix="Use the out-of-place operation, or write to a copy of the view: `x = x.clone()`.",
     needs=("failure",),
 )
 def view_modified_in_place(trace: Trace) -> Iterator[Evidence]:
-    """A view that autograd cannot follow a write through was written to in place.
+    """A view was modified in place, and autograd cannot track the write through it.
 
     What it does
         Names the line that writes, and the call that made the view: a view of a leaf, one of the several views that
-        `split`, `chunk` or `unbind` return at once, or one made under `no_grad` or in a custom function.
+        `split`, `chunk` or `unbind` return at once, or a view made under `no_grad` or in a custom function.
 
     Why is this bad?
-        A write to a view is a write to its base. Where autograd cannot give the base a new history, PyTorch refuses.
+        A write to a view is a write to its base. If autograd cannot give the base a new history, PyTorch refuses the
+        write.
 
     Example
         ```python
@@ -64,9 +65,9 @@ def view_modified_in_place(trace: Trace) -> Iterator[Evidence]:
         made = f"; the view was made{place(view)}" if view else ""
         fix, edit = without_write(trace, write) if write else Remedy()
         if isinstance(facts, LeafViewModified):
-            fix, edit = "Do the write inside `with torch.no_grad():`, or on a copy: `.clone()`.", None
+            fix, edit = "Write inside `with torch.no_grad():`, or to a copy of the leaf: `.clone()`.", None
         yield Evidence(
-            f"{_subject(facts)} was written to in place{place(write)}{made}.",
+            f"{_subject(facts)} was modified in place{place(write)}{made}.",
             module=failure.module,
             sites=places((write, view)),
             data=_data(facts),
@@ -87,7 +88,7 @@ def _subject(facts: ViewFailure) -> str:
 
 
 def _base_modified(trace: Trace, failure: Failure, facts: ViewedBaseModified) -> Evidence:
-    """The write came first, and to the base or another view: PyTorch refuses the view when it is used next."""
+    """The write to the base or to another view came first: PyTorch refuses the view at its next use."""
     written = trace.graph.written_views if trace.graph is not None else ()
     op = _made_by(facts)
     candidates = [(view, writes) for view, writes in written if op and op in (view.op or "")]
@@ -95,9 +96,9 @@ def _base_modified(trace: Trace, failure: Failure, facts: ViewedBaseModified) ->
     subject = f"An output of {facts.node}, which is a view," if facts.node else _subject(facts)
     use = replace(failure.sites[0], role="call") if failure.sites else None
     fix, edit = without_write(trace, writes[-1]) if writes else Remedy()
-    base = "the tensor that it is a view of, or another view of that,"
+    base = "its base, or another view of that base,"
     return Evidence(
-        f"{subject} was used{place(use)} after {base} had been written to in place"
+        f"{subject} was used{place(use)} after {base} had been modified in place"
         f"{place(writes[-1]) if writes else ''}{f'; the view was made{place(view)}' if view else ''}.",
         module=failure.module,
         sites=places((*writes[-3:], view, use)),

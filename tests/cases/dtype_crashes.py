@@ -229,7 +229,7 @@ def half_parameters_float_positions(guard: Guard, repaired: int) -> None:
                 with torch.autocast("cpu", dtype=torch.float16):
                     return self.conv_p(positions)
             if repaired == 2:
-                return self.conv_p(positions.to(self.conv_p.weight.dtype))
+                return self.conv_p(positions.to(torch.float16))
             return self.conv_p(positions)  # <- raise
 
     model = ACmix()
@@ -260,7 +260,7 @@ def half_model_float_indices(guard: Guard, repaired: int) -> None:
                 with torch.autocast("cpu", dtype=BF16):
                     return self.pos_proj(indices)
             if repaired == 2:
-                indices = indices.to(self.pos_proj.weight.dtype)
+                indices = indices.to(torch.bfloat16)
             return self.pos_proj(indices)  # <- raise
 
     model = Attention() if repaired == 1 else Attention().bfloat16()

@@ -624,7 +624,7 @@ def float_noise_into_a_bfloat16_model(guard: Guard, repaired: int) -> None:
                 with torch.autocast("cpu", dtype=BF16):
                     return self.proj_in(noisy)
             if repaired == 2:
-                return self.proj_in(noisy.to(self.proj_in.weight.dtype))
+                return self.proj_in(noisy.to(torch.bfloat16))
             return self.proj_in(noisy)  # <- raise
 
     model = Transformer() if repaired == 1 else Transformer().bfloat16()
@@ -653,7 +653,7 @@ def float_series_into_a_bfloat16_model(guard: Guard, repaired: int) -> None:
                 with torch.autocast("cpu", dtype=BF16):
                     return self.tokenConv(x)
             if repaired == 2:
-                return self.tokenConv(x.to(self.tokenConv.weight.dtype))
+                return self.tokenConv(x.to(torch.bfloat16))
             return self.tokenConv(x)  # <- raise
 
     model = nn.Sequential()

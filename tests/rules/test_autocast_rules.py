@@ -152,7 +152,7 @@ class TestAutocastWrongDevice:
         finding = only(self.wrong(region("cpu", "float32", enabled=False)))
         assert (finding.code, finding.severity) == ("AMP103", ERROR)
         assert finding.evidence["reason"] == "switched-off"
-        assert "torch switched it off, because autocast on cpu does not take float32 here" in finding.message
+        assert "torch switched it off, because autocast on cpu does not support float32 here" in finding.message
 
     def test_float32_asked_of_an_undeclared_region_is_doubtful(self):
         assert found(self.wrong(region("cpu", "float32", enabled=False), precision=UNDECLARED)) == {"AMP103": WARNING}
@@ -215,7 +215,7 @@ class TestAutocastDtypeDiffers:
         named = only(
             trace(precision=precision, scaler=None, training=step("bfloat16"), evaluation=None, host=Host("rig", "1"))
         )
-        assert "which rig uses in its place" in named.message
+        assert "which rig uses instead" in named.message
 
     def test_partly_in_another_dtype_is_doubtful(self):
         inner = region(dtype="bfloat16", index=1, outer=0, line=30)
@@ -268,7 +268,7 @@ class TestTrainEvalMismatch:
         half = model(dict.fromkeys(["stem.weight", "stem.bias", "head.weight"], "float16"))
         finding = only(trace(evaluation=dataclasses.replace(step(), model=half)))
         assert (finding.code, finding.severity) == ("AMP105", WARNING)
-        assert "3 of the 3 floating tensors of the model are float32 in training and float16 in the copy" in (
+        assert "3 of the 3 floating tensors of the model are float32 in training and float16 in the evaluated copy" in (
             finding.message
         )
 
@@ -283,7 +283,7 @@ class TestAutocastAroundBackward:
     def test_inside(self):
         finding = only(trace(training=step(ops=(op("backward", count=2),))))
         assert (finding.code, finding.severity) == ("AMP106", WARNING)
-        assert finding.message == "backward() was called 2 times with autocast float16 in force at train.py:20."
+        assert finding.message == "backward() was called 2 times under autocast float16 at train.py:20."
 
     def test_outside(self):
         assert found(trace(training=step(ops=(op("backward", dtype=None),)))) == {}
@@ -294,12 +294,13 @@ class TestPrecisionUnsupported:
         facts = {"precision": BF16, "scaler": None, "evaluation": None, "environment": EMULATED}
         seen = only(trace(training=step("bfloat16"), **facts))
         assert (seen.code, seen.severity) == ("AMP107", WARNING)
-        assert seen.fix.startswith("Use float16 with a gradient scaler, which this cuda device computes natively")
+        assert seen.fix.startswith("Use float16 with a gradient scaler, because this cuda device supports it natively")
         # What is said at fit start is not said again after the watched step.
         assert only(trace(training=None, **facts)) == seen
 
     @pytest.mark.parametrize(
-        ("bfloat16", "fix"), [(True, "Use bfloat16, which this cpu device computes"), (False, "Train in float32: this")]
+        ("bfloat16", "fix"),
+        [(True, "Use bfloat16, because this cpu device supports it"), (False, "Train in float32: this")],
     )
     def test_float16_on_a_cpu(self, bfloat16, fix):
         environment = Environment("2.15.0", {("cpu", "float16"): False, ("cpu", "bfloat16"): bfloat16})

@@ -83,7 +83,7 @@ class TestExportDiffers:
             "first_module": "gate",
             "outputs": {"logits": {"absolute": 0.5, "relative": 0.25}},
         }
-        assert finding.fix.startswith("Look at the code of the module named, between its submodules")
+        assert finding.fix.startswith("Check the code of the named module, outside its submodules")
 
     def test_the_worst_output_is_told(self):
         worse = dataclasses.replace(APART, output="boxes", relative=0.75, inputs="other values")
@@ -97,8 +97,8 @@ class TestExportDiffers:
         finding = only(compared(APART, modules=(AGREES, fed, around)))
         assert finding.module == "net"
         assert finding.message.endswith(
-            " The first module whose output differs is net.head. What it is given differs already, so the place is in "
-            "the code of net itself."
+            " The first module whose output differs is net.head. Its inputs differ already, so the cause is in the "
+            "code of net itself."
         )
         assert only(compared(APART, modules=(AGREES, fed))).message.endswith("is in the code of the model itself.")
 
@@ -123,18 +123,18 @@ class TestExportDiffers:
         assert (finding.code, finding.severity, finding.module) == ("AMP601", ERROR, "gate")
         assert finding.message == (
             "A Python value is read from a tensor at model.py:40, in gate: it is True on the example and False on "
-            "fresh values. The TorchScript trace holds one of its values for good. "
+            "fresh values. The TorchScript trace always uses one of its values. "
             f"{VERDICT} The first module whose output differs is gate."
         )
         assert finding.sites == (LINE,)
         assert finding.evidence["reason"] == "data-dependent"
         assert finding.evidence["detail"] == BRANCH.detail
-        assert finding.fix.startswith("Write the choice with tensor operations (`torch.where`)")
+        assert finding.fix.startswith("Replace the branch with `torch.where(...)`")
 
     def test_cause_that_made_no_difference_yet(self):
         finding = only(compared(causes=(BRANCH,)))
         assert finding.severity == ERROR
-        assert finding.message.endswith("holds one of its values for good.")
+        assert finding.message.endswith("always uses one of its values.")
 
     def test_doubtful_cause_explains_nothing(self):
         doubtful = dataclasses.replace(BRANCH, certain=False)
@@ -167,9 +167,9 @@ class TestExportDiffers:
         [
             (
                 Cause("frozen-shape", None, "on other sizes, 9×3 it stops: RuntimeError: size"),
-                "The TorchScript trace computes for the sizes of its example alone: on other sizes, 9×3 it stops: "
+                "The TorchScript trace is fixed to the sizes of its example: on other sizes, 9×3 it stops: "
                 "RuntimeError: size.",
-                "Take sizes from `x.shape`",
+                "Read sizes from `x.shape`",
             ),
             (
                 Cause("training-mode", "head.drop", "dropout", (LINE,)),
@@ -178,46 +178,46 @@ class TestExportDiffers:
             ),
             (
                 Cause("training-mode", "", "batch_norm"),
-                "Batch norm was left in training mode: in the model the TorchScript trace normalizes by the batch it "
-                "is given.",
+                "Batch norm was left in training mode: in the model the TorchScript trace normalizes by the "
+                "statistics of each batch.",
                 "Call `model.eval()` before the export, and export again.",
             ),
             (
                 Cause("buffer-update", "head", "exported: head.seen, head.sum"),
-                "Every call of the TorchScript trace updates head.seen and head.sum, as every call while it was made "
-                "did: it starts from where the export left the buffers.",
-                "Call `model.eval()` before the export; a buffer",
+                "Every call of the TorchScript trace updates head.seen and head.sum, and so did every call during the "
+                "export: it starts from the values that the export left.",
+                "Call `model.eval()` before the export; if `forward` must change a buffer",
             ),
             (
                 Cause("buffer-update", "head", "eager: head.seen"),
-                "Every call of the eager model updates head.seen, and the TorchScript trace holds what the export "
-                "left there.",
-                "Call `model.eval()` before the export; a buffer",
+                "Every call of the eager model updates head.seen, but the TorchScript trace keeps the values of the "
+                "export.",
+                "Call `model.eval()` before the export; if `forward` must change a buffer",
             ),
             (
                 Cause("state-differs", "head", "head.weight"),
                 "head.weight is not the same in the TorchScript trace as in the eager model.",
-                "Export again from the checkpoint",
+                "Export again, from the weights",
             ),
             (
                 Cause("state-differs", "head", "head.weight, head.bias"),
                 "head.weight and head.bias are not the same in the TorchScript trace as in the eager model.",
-                "Export again from the checkpoint",
+                "Export again, from the weights",
             ),
             (
                 Cause("left-dispatcher", "head", "float32[8, 64]", (LINE,)),
-                "In head something outside the dispatcher computes an activation (float32[8, 64]) at model.py:40.",
+                "In head, code outside the dispatcher computes an activation (float32[8, 64]) at model.py:40.",
                 "Compute it with tensor operations while exporting",
             ),
             (
                 Cause("unsettled", None, "0.3 on fresh values", certain=False),
-                "Rounding decides what the model returns, so that some outputs cannot be compared: those of the "
+                "Rounding decides what the model returns, so some outputs cannot be compared: those of the "
                 "TorchScript trace differ (relative error 0.3 on fresh values), and",
-                "Compare on inputs of your own (`fresh_inputs`)",
+                "Compare on your own inputs (`fresh_inputs=`)",
             ),
             (
                 Cause("raises", None, "RuntimeError: expected a CPU tensor"),
-                "The TorchScript trace stops where the eager model does not: RuntimeError: expected a CPU tensor.",
+                "The TorchScript trace raises where the eager model does not: RuntimeError: expected a CPU tensor.",
                 "Export on inputs of the same device",
             ),
         ],
@@ -233,7 +233,9 @@ class TestExportDiffers:
         stops = Cause("raises", None, "RuntimeError: device")
         finding = only(compared(causes=(stops,)))
         assert finding.severity == ERROR
-        assert finding.message.endswith(" The TorchScript trace does not run on the inputs the eager model runs on.")
+        assert finding.message.endswith(
+            " The TorchScript trace does not run on the inputs that the eager model runs on."
+        )
         # Where it stops for a reason that is known, the reason is told alone.
         assert only(compared(APART, causes=(BRANCH, stops))).evidence["reason"] == "data-dependent"
 
@@ -243,9 +245,9 @@ class TestExportDiffers:
         assert seen.keys() == {"AMP601", "AMP602"}
         assert (seen["AMP601"].module, seen["AMP601"].evidence["reason"]) == ("attention", "baked-constant")
         assert seen["AMP601"].message.endswith(
-            " The first module whose output differs is gate. Before it comes attention, whose result is a constant."
+            " The first module whose output differs is gate. Before it runs attention, whose result is a constant."
         )
-        assert seen["AMP601"].fix == "The findings beside this one say why."
+        assert seen["AMP601"].fix == "Fix the constants that AMP602 reports, and compare again."
 
     def test_first_module_that_is_the_constant(self):
         itself = dataclasses.replace(DIFFERS, module="attention", inputs_equal=None)
@@ -255,7 +257,7 @@ class TestExportDiffers:
     def test_constant_that_comes_later(self):
         seen = findings(compared(APART, modules=(DIFFERS,), constants=(CONSTANT,)))
         assert seen[0].module == "gate"
-        assert "Before it comes" not in seen[0].message
+        assert "Before it runs" not in seen[0].message
 
 
 class TestConstantBakedIntoTrace:
@@ -263,8 +265,8 @@ class TestConstantBakedIntoTrace:
         finding = only(compared(constants=(CONSTANT,)))
         assert (finding.code, finding.severity, finding.module) == ("AMP602", ERROR, "attention")
         assert finding.message == (
-            "The TorchScript trace holds an activation of attention (float32[8, 64]) as a constant of the example: it "
-            "is computed outside the dispatcher at model.py:40, and changes with the inputs."
+            "The TorchScript trace holds an activation of attention (float32[8, 64]) as a constant. It is computed "
+            "outside the dispatcher at model.py:40, and changes with the inputs."
         )
         assert finding.sites == (LINE,)
         assert {name: finding.evidence[name] for name in ("dtype", "shape", "target")} == {
@@ -273,8 +275,8 @@ class TestConstantBakedIntoTrace:
             "target": "extension:deform_forward",
         }
         assert finding.fix == (
-            'Export under `with ampcheck.plain_kernels({"extension:deform_forward": plain}):`, where `plain` does the '
-            "same in tensor operations, or register it with `torch.library.custom_op`."
+            'Export under `with ampcheck.plain_kernels({"extension:deform_forward": plain}):`, where `plain` computes '
+            "the same with tensor operations, or register it with `torch.library.custom_op`."
         )
         remedy = finding.evidence["remedy"]
         compile(remedy, "remedy", "exec")
@@ -285,7 +287,7 @@ class TestConstantBakedIntoTrace:
         assert finding.message.startswith("The TorchScript trace holds an activation of the model (float32[8]) as a")
         assert "computed outside the dispatcher, and changes" in finding.message
         assert (finding.sites, finding.evidence["remedy"]) == ((), None)
-        assert finding.fix == "Compute it with tensor operations in place of NumPy and Python numbers."
+        assert finding.fix == "Compute it with tensor operations instead of NumPy and Python numbers."
 
     def test_each_is_a_finding(self):
         assert [finding.code for finding in findings(compared(constants=(CONSTANT, CONSTANT)))] == ["AMP602"] * 2
@@ -356,8 +358,8 @@ class TestAutocastCapturedInTrace:
         finding = only(compared(APART, modules=(AGREES, DIFFERS), rounding=(1e-3, 2e-3)))
         assert (finding.code, finding.severity, finding.module) == ("AMP604", WARNING, "gate")
         assert finding.message == (
-            "The TorchScript trace accumulates otherwise than the eager model: the two differ by rounding alone "
-            "(relative errors against float32: 0.002 exported, 0.001 eager)."
+            "The TorchScript trace rounds differently from the eager model, and nothing else differs (relative errors "
+            "against float32: 0.002 exported, 0.001 eager)."
         )
         assert finding.evidence == {"relative_exported": 2e-3, "relative_eager": 1e-3}
-        assert finding.fix.startswith("Export in float32, or keep normalization")
+        assert finding.fix.startswith("Export in float32, or keep the normalization")

@@ -143,8 +143,7 @@ class TestAutocastBadArgument:
     def test_in_the_call(self):
         finding = only(failed(self.CALL))
         assert finding.message == (
-            "`torch.autocast(device='cuda')` passes `device` ('cuda'); the argument of `autocast` is called "
-            "`device_type`."
+            "`torch.autocast(device='cuda')` passes `device` ('cuda'); `autocast` calls it `device_type`."
         )
         assert finding.fix == "Write `torch.autocast(device_type='cuda')`."
         assert finding.sites == (RAISED,)
@@ -168,7 +167,7 @@ class TestAutocastBadArgument:
             kwargs_site=written,
         )
         finding = only(failed(facts))
-        assert "passes `device` ('cuda'), which came out of `amp`" in finding.message
+        assert "passes `device` ('cuda'), which comes from `amp`" in finding.message
         assert finding.fix == "Write `amp = dict(device_type='cuda')`."
         assert finding.sites == (RAISED, written)
         assert finding.evidence["kwargs_variable"] == "amp"
@@ -186,19 +185,20 @@ class TestAutocastBadArgument:
             ),
             (
                 AutocastCall("no-device-type", "device_type", "...", kwargs_variable="amp"),
-                "A call of `autocast` passes no `device_type`: `amp` holds none, and `autocast` has no default for it.",
+                "A call of `autocast` passes no `device_type` (`amp` does not contain it), and `autocast` has no "
+                "default for it.",
             ),
             (
                 AutocastCall("device-not-a-string", "device_type", "...", type="torch.device", value="x.device"),
-                "A call of `autocast` passes a `torch.device` as `device_type` (x.device), which must be a string.",
+                "A call of `autocast` passes a `torch.device` as `device_type` (x.device); it must be a string.",
             ),
             (
                 AutocastCall("dtype-not-a-dtype", "dtype", "...", type="str"),
-                "A call of `autocast` passes a `str` as `dtype`, which must be a `torch.dtype`.",
+                "A call of `autocast` passes a `str` as `dtype`; it must be a `torch.dtype`.",
             ),
             (
                 AutocastCall("unknown-device", "device_type", "...", device="gpu"),
-                "A call of `autocast` asks for the device type `gpu`, which autocast does not know.",
+                "A call of `autocast` asks for `gpu`; autocast does not know this device type.",
             ),
             (
                 AutocastCall("wrong-arguments", "device_type", "..."),
@@ -215,15 +215,13 @@ class TestDtypeMismatch:
     def test_evidence(self):
         finding = only(failed(DtypeMismatch(operation(regions=(SourceRegion("cuda", False, line(29)),)))))
         assert finding.message == (
-            "In head (Linear), operands of different dtypes met in `F.linear(x, self.weight)`: x is float16[2, 4] "
-            "(made by stem), head.weight is float32[4, 4]. Autocast did not unify them: the region at net.py:29 turns "
-            "it off."
+            "In head (Linear), operands had different dtypes in `F.linear(x, self.weight)`: x is float16[2, 4] (made "
+            "by stem), head.weight is float32[4, 4]. Autocast did not cast them: the region at net.py:29 turns it off."
         )
         assert finding.module == "head"
         assert [site.line for site in finding.sites] == [30, 20, 29]
         assert finding.fix == (
-            "Cast to float32 before it: `x.float()`, or leave the region at net.py:29 out so that autocast casts for "
-            "it."
+            "Cast to float32 first: `x.float()`, or remove the region at net.py:29 so that autocast casts."
         )
         assert finding.evidence == {
             "operands": [
@@ -277,7 +275,7 @@ class TestDtypeMismatch:
         on = (SourceRegion("cuda", True, line(29)),)
         facts = DtypeMismatch(operation(X, operand("y", "float32", 4), regions=on), promotes=True)
         finding = only(failed(facts))
-        assert "autocast met its other low precision" in finding.message
+        assert "autocast refused to promote operands in `F.linear(x, self.weight)`" in finding.message
         assert finding.evidence["reason"] == "promotion-refused"
 
     def test_reason_by_the_step_that_died(self):
@@ -302,15 +300,29 @@ class TestDtypeMismatch:
         finding = among(failed(facts, model=sharded), "AMP203")
         assert finding.evidence["reason"] == "sharding-policy"
         assert finding.fix == (
-            "Drop `cast_forward_inputs=False` from the policy, or cast the input: `x.to(self.weight.dtype)`."
+            "Remove `cast_forward_inputs=False` from the policy, or cast the input: `x.to(torch.float16)`."
         )
+
+    def test_cast_of_an_input_does_not_name_the_weight(self):
+        """The user's line calls the layer, whose weight `self.weight` of the layer's own code is not there."""
+        weight = operand("head.weight", "float16", 4, 4, stored="parameter")
+        finding = only(failed(DtypeMismatch(operation(operand("x", "float32", 2, 4), weight))))
+        assert finding.fix == (
+            "Keep head.weight float32 and let autocast cast it, or cast the input: `x.to(torch.float16)`."
+        )
+
+    def test_only_what_can_be_pasted_is_code(self):
+        on = (SourceRegion("cuda", True, line(29)),)
+        double = operand("head.scale", "float64", 4, stored="buffer")
+        finding = only(failed(DtypeMismatch(operation(operand("y", "float64", 4), double, WEIGHT, regions=on))))
+        assert finding.fix == "Cast to float32 first, or where it is made: `y.float()`, `.float()` on head.scale."
+        told = tuple(operand(name, dtype, device=None) for name, dtype in (("mat1", "float16"), ("mat2", "float32")))
+        assert only(failed(DtypeMismatch(operation(*told)))).fix == "Cast to float32 first: `.float()` on mat1."
 
     def test_known_from_the_message_alone(self):
         facts = DtypeMismatch(FailedOperation(("float16", "float32")))
         finding = only(failed(facts, module=None, module_type=None, training=None, evaluation=None))
-        assert finding.message == (
-            "Operands of different dtypes met. Autocast did not unify them: why autocast did not act could not be told."
-        )
+        assert finding.message == ("Operands had different dtypes. Autocast did not cast them: the reason is unknown.")
         assert finding.evidence == {"operands": [], "reason": "unknown"}
 
 
@@ -341,11 +353,11 @@ class TestCustomFunctionWithoutCast:
     def test_in_backward(self):
         function = dataclasses.replace(FUNCTION, method="backward", custom_fwd=True)
         finding = told(findings(failed(DtypeMismatch(operation(function=function)), phase="backward")))[0]
-        assert "leaves autocast off in its backward" in finding.message
+        assert "runs its backward without autocast, but its forward with it" in finding.message
         assert "`backward` with `@torch.amp.custom_bwd(device_type='cuda')`" in finding.fix
 
     @pytest.mark.parametrize(
-        ("setup_context", "lacks"), [(False, "no `custom_fwd`"), (True, "`setup_context`, whose `ctx`")]
+        ("setup_context", "lacks"), [(False, "no `custom_fwd`"), (True, "`setup_context`, so `custom_fwd`")]
     )
     def test_state_that_nobody_recorded(self, setup_context, lacks):
         function = CustomFunction("Scatter", site=line(5), custom_bwd=True, setup_context=setup_context)
@@ -363,8 +375,8 @@ class TestOpUnknownToAutocast:
         assert found(crash) == {"AMP206": ERROR, code: ERROR}
         finding = among(crash, "AMP206")
         assert finding.message == (
-            "`mylib::pool` has no autocast rule, so its operands came as they were: x is float16[2, 4] (made by stem), "
-            "rois is float32[5]."
+            "`mylib::pool` has no autocast rule, so nothing cast its operands: x is float16[2, 4] (made by stem), rois "
+            "is float32[5]."
         )
         assert finding.fix == "Cast before the call: `x.float()`."
         assert finding.evidence["reason"] == "op-unknown-to-autocast"
@@ -372,7 +384,7 @@ class TestOpUnknownToAutocast:
     @pytest.mark.parametrize(
         "known",
         [{"custom": False}, {"autocast_rule": True}, {"autocast_rule": None}],
-        ids=["PyTorch's own", "has a rule", "not to be told"],
+        ids=["PyTorch's own", "has a rule", "unknown"],
     )
     def test_others(self, known):
         assert found(failed(DtypeMismatch(dataclasses.replace(self.CUSTOM, **known)))) == {"AMP203": ERROR}
@@ -385,7 +397,7 @@ class TestOpNotImplemented:
             "In head (Linear), cdist has no kernel for float16 in `torch.cdist(x, y)`: x is float16[2, 4] (made by "
             "stem)."
         )
-        assert finding.fix.startswith("Cast to float32 for this call: `x.float()`;")
+        assert finding.fix.startswith("Cast to float32 for this call: `x.float()`.")
 
     def test_what_a_library_holds_cannot_be_cast(self):
         inside = operand("boxes", "float16", 4, library=True)
@@ -400,14 +412,24 @@ class TestInPlaceDtype:
 
     def test_target_and_source(self):
         finding = only(failed(InPlaceDtype(operation(self.OUT, self.SOURCE, op="aten::index_put_"))))
-        assert "the target and the source of a write differ in dtype" in finding.message
+        assert "the target and the source of a write have different dtypes" in finding.message
         assert finding.fix == "Cast the source, `y.to(out.dtype)`, or make out with `dtype=y.dtype`."
         assert finding.evidence["reason"] == "in-place-or-out"
         assert [one["role"] for one in finding.evidence["operands"]] == ["destination", "source"]
 
+    def test_parameters_have_other_names_in_the_source(self):
+        source = operand("fc.weight", "float32", 4, stored="parameter")
+        finding = only(failed(InPlaceDtype(operation(operand("average", "float16", 4), source))))
+        assert finding.fix == (
+            "Cast the source, `.to(average.dtype)` on fc.weight, or make average with `dtype=torch.float32`."
+        )
+        target = operand("memory", "float32", 4, stored="buffer")
+        finding = only(failed(InPlaceDtype(operation(target, self.SOURCE))))
+        assert finding.fix == "Cast the source, `y.to(torch.float32)`, or make memory with `dtype=y.dtype`."
+
     def test_integer_target(self):
         finding = only(failed(InPlaceDtype(operation(operand("out", "int64", 4), self.SOURCE))))
-        assert finding.fix == "Make out a floating tensor, or do without the in-place write."
+        assert finding.fix == "Make out a floating-point tensor, or use the out-of-place operation."
 
     def test_known_from_the_message_alone(self):
         told = (operand("the target", "float32", device=None), operand("the source", "float16", device=None))
@@ -422,9 +444,21 @@ class TestNoNumpyDtype:
         tensor = operand("scores", "bfloat16", 8)
         finding = only(failed(NoNumpyDtype(operation(tensor, op=None, expression="scores.numpy()"))))
         assert finding.message.endswith(
-            "a bfloat16 tensor was handed to NumPy in `scores.numpy()`: scores is bfloat16[8]."
+            "a bfloat16 tensor was passed to NumPy in `scores.numpy()`: scores is bfloat16[8]."
         )
-        assert finding.fix == "Cast before the hand-over: `scores.float().numpy()`."
+        assert finding.fix == "Write `scores.float().numpy()`."
+
+    @pytest.mark.parametrize(
+        ("expression", "fix"),
+        [
+            ("scores.detach().cpu().numpy()", "Write `scores.float().detach().cpu().numpy()`."),
+            ("numpy.asarray(scores)", "Cast to float32 first: `scores.float()`."),
+            (None, "Cast to float32 first: `scores.float()`."),
+        ],
+    )
+    def test_what_the_line_calls_stays(self, expression, fix):
+        tensor = operand("scores", "bfloat16", 8)
+        assert only(failed(NoNumpyDtype(operation(tensor, op=None, expression=expression)))).fix == fix
 
 
 class TestUnscaleLowPrecisionGradients:
@@ -435,8 +469,8 @@ class TestUnscaleLowPrecisionGradients:
         facts = LowPrecisionGradients("SGD", 3, ("stem.weight", "stem.bias"), cast)
         finding = only(failed(facts, module=None, phase="unscale"))
         assert finding.message == (
-            "2 parameters of the 3 that SGD holds have float16 gradients: stem.weight and stem.bias. They were float32 "
-            "when the fit began: something cast the model during the fit. `model.half()` at net.py:8 casts to float16."
+            "2 parameters of the 3 in SGD have float16 gradients: stem.weight and stem.bias. They were float32 when "
+            "the fit began: something cast the model during the fit. `model.half()` at net.py:8 casts them to float16."
         )
         assert finding.module == "stem"
         assert finding.sites == (RAISED, cast)
@@ -445,11 +479,11 @@ class TestUnscaleLowPrecisionGradients:
     def test_float16_from_the_beginning(self):
         low = model({"stem.weight": "float16", "head.weight": "float32"})
         finding = among(failed(LowPrecisionGradients("SGD", 2, ("stem.weight",)), model=low), "AMP303")
-        assert "1 parameter of the 2 that SGD holds has a float16 gradient: stem.weight." in finding.message
+        assert "1 parameter of the 2 in SGD has a float16 gradient: stem.weight." in finding.message
         assert "They were float16 when the fit began." in finding.message
 
     def test_optimizer_not_seen(self):
-        assert only(failed(LowPrecisionGradients())).message == "The scaler met float16 gradients."
+        assert only(failed(LowPrecisionGradients())).message == "The scaler got float16 gradients."
 
 
 class TestNoInfChecks:
@@ -458,7 +492,7 @@ class TestNoInfChecks:
         [
             ("frozen", "head.weight is frozen"),
             ("not-the-models", "head.weight is not the model's"),
-            ("no-gradient", "head.weight got no gradient: the loss does not depend on it"),
+            ("no-gradient", "head.weight got no gradient (the loss does not depend on it"),
         ],
     )
     def test_reasons(self, why, words):
@@ -487,7 +521,7 @@ class TestScalerOutOfOrder:
             ("unscaled-twice", "`unscale_()` ran twice for SGD with no `update()` in between."),
             ("unscaled-late", "`unscale_()` ran for SGD after `step()`."),
             ("stepped-twice", "`step()` ran twice for SGD with no `update()` in between."),
-            ("never-scaled", "The scaler was asked to work for SGD before it had scaled any loss."),
+            ("never-scaled", "The scaler was used for SGD before it had scaled any loss."),
             ("early-update", "`update()` ran before any optimizer was stepped or unscaled."),
         ],
     )
@@ -513,7 +547,7 @@ class TestScalerOutOfOrder:
 class TestScalerBadArgument:
     def test_closure(self):
         finding = only(failed(ScalerArgument("closure")))
-        assert finding.message.startswith("`GradScaler.step()` was given a closure.")
+        assert finding.message.startswith("`GradScaler.step()` got a closure.")
         assert finding.evidence == {"argument": "closure"}
 
     def test_keyword(self):
@@ -523,9 +557,7 @@ class TestScalerBadArgument:
 
     def test_device_for_the_scale(self):
         finding = only(failed(ScalerArgument("init_scale", "'cuda'", "torch.cuda.amp.GradScaler")))
-        assert finding.message == (
-            "`torch.cuda.amp.GradScaler` was made with the initial scale 'cuda', which is no number."
-        )
+        assert finding.message == ("`torch.cuda.amp.GradScaler` got the initial scale 'cuda', which is not a number.")
         assert finding.evidence == {"argument": "init_scale", "value": "'cuda'"}
 
 
@@ -539,7 +571,7 @@ def test_fused_optimizer_clipping_names_the_optimizers():
 class TestFirstStepSkipped:
     def test_warning_raised(self):
         finding = only(failed(FirstStepSkipped()))
-        assert finding.message.endswith("whether the scaler skipped it was not seen.")
+        assert finding.message.endswith("AmpCheck did not see whether the scaler skipped it.")
         assert finding.evidence == {"skipped": None}
 
     def test_warning_raised_and_step_seen(self):
@@ -577,13 +609,13 @@ class TestSavedTensorModified:
         assert [one["node"] for one in finding.evidence["also_stale"]] == ["ExpBackward0"]
 
     def test_write_that_was_not_seen(self):
-        assert only(died_in_backward(stale())).message.endswith("by a write that was not seen.")
+        assert only(died_in_backward(stale())).message.endswith("by a write that AmpCheck did not see.")
 
     def test_graph_that_was_not_seen(self):
         finding = only(died_in_backward(unobserved={"graph": "the step was not watched"}))
         assert finding.message == (
-            "The output of Relu was modified in place before backward could use it. Which line wrote was not seen: the "
-            "step was not watched."
+            "The output of Relu was modified in place before backward could use it. AmpCheck did not see which line "
+            "wrote: the step was not watched."
         )
         assert finding.evidence == {"node": "Relu", "dtype": "float32", "shape": [2, 4]}
 
@@ -602,7 +634,7 @@ def test_optimizer_step_before_backward():
 def test_buffer_rewritten_between_forwards():
     finding = only(died_in_backward(stale(write(by="buffer-broadcast"), name="head.mask", buffer=True)))
     assert finding.code == "AMP407"
-    assert "rewritten by the buffer broadcast of DistributedDataParallel at net.py:41" in finding.message
+    assert "overwritten by the buffer broadcast of DistributedDataParallel at net.py:41" in finding.message
     assert found(trace(graph=GraphTrace((stale(write(by="buffer-broadcast"), buffer=True),)))) == {}
 
 
@@ -610,7 +642,7 @@ class TestLeafModified:
     def test_names_the_line(self):
         finding = only(failed(LeafModified(), raised=line(9, "p -= lr * p.grad", "raise")))
         assert finding.message == (
-            "A leaf tensor that requires grad was written to in place by `p -= lr * p.grad` at net.py:9."
+            "A leaf tensor that requires grad was modified in place by `p -= lr * p.grad` at net.py:9."
         )
         assert finding.sites[0].role == "write"
         assert finding.evidence == {}
@@ -640,7 +672,7 @@ class TestViewModified:
     )
     def test_kinds(self, facts, subject, evidence):
         finding = only(failed(facts, raised=self.WRITE))
-        assert finding.message == f"{subject} was written to in place at net.py:9."
+        assert finding.message == f"{subject} was modified in place at net.py:9."
         assert finding.evidence == evidence
 
     def test_names_the_call_that_made_the_view(self):
@@ -654,8 +686,8 @@ class TestViewModified:
         graph = GraphTrace(views=(self.SPLIT,), written_views=((self.SPLIT, (written,)),))
         finding = only(failed(ViewedBaseModified("Split", 1), graph=graph))
         assert finding.message == (
-            "An output of Split, which is a view, was used at net.py:30 after the tensor that it is a view of, or "
-            "another view of that, had been written to in place at net.py:12; the view was made at net.py:8."
+            "An output of Split, which is a view, was used at net.py:30 after its base, or another view of that base, "
+            "had been modified in place at net.py:12; the view was made at net.py:8."
         )
         assert [(site.line, site.role) for site in finding.sites] == [(12, "write"), (8, "call"), (30, "call")]
 
@@ -665,8 +697,11 @@ class TestInferenceTensor:
         ("use", "said"),
         [
             ("saved", "Autograd needs to save a tensor that was made under `inference_mode` at net.py:30."),
-            ("written", "A tensor that was made under `inference_mode` was written to outside of it at net.py:30."),
-            ("leaf", "A tensor that was made under `inference_mode` was asked to require grad at net.py:30."),
+            (
+                "written",
+                "A tensor that was made under `inference_mode` was modified in place outside of it at net.py:30.",
+            ),
+            ("leaf", "A tensor that was made under `inference_mode` was set to require grad at net.py:30."),
         ],
     )
     def test_uses(self, use, said):
@@ -682,7 +717,8 @@ class TestGraphFreedOrDetached:
     def test_names_the_first_backward(self):
         finding = only(failed(GraphFreed(), phase="backward", graph=GraphTrace(backwards=(line(50), line(51)))))
         assert (
-            finding.message == "Backward at net.py:30 reached what an earlier backward at net.py:50 had used and freed."
+            finding.message
+            == "Backward at net.py:30 reached a part of the graph that an earlier backward at net.py:50 had freed."
         )
         assert [site.line for site in finding.sites] == [30, 50]
 
@@ -690,19 +726,19 @@ class TestGraphFreedOrDetached:
         graph = GraphTrace(cut=(line(44, "x.detach()", op="aten::detach"),))
         finding = only(failed(NoGraph(), phase="backward", graph=graph))
         assert finding.message == (
-            "The loss of the backward at net.py:30 has no graph: detach at net.py:44 returned a tensor without one."
+            "Backward at net.py:30 ran on a loss without a graph: detach at net.py:44 returned a tensor without one."
         )
 
     def test_nothing_was_seen(self):
         finding = only(failed(NoGraph(), phase="backward"))
-        assert finding.message == "The loss of the backward at net.py:30 has no graph."
-        assert finding.fix.startswith("Give the optimizer parameters that require grad")
+        assert finding.message == "Backward at net.py:30 ran on a loss without a graph."
+        assert finding.fix.startswith("Call `requires_grad_(True)` on the parameters to train")
 
 
 def test_backward_hook_names_the_modules():
     finding = only(failed(BackwardHookView(), graph=GraphTrace(hooked=("stem", ""))))
     assert finding.message == (
-        "A tensor that a full backward hook watches was written to in place at net.py:30; full backward hooks are on "
+        "A tensor that a full backward hook wraps was modified in place at net.py:30; full backward hooks are on "
         "module stem and the model itself."
     )
     assert finding.evidence == {"hooked": ["stem", ""]}

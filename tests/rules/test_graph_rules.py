@@ -73,8 +73,8 @@ class TestSavedTensorModifiedSilently:
         finding = only(ran(UNTRACKED))
         assert (finding.code, finding.severity, finding.module) == ("AMP402", ERROR, "net.mask")
         assert finding.message == (
-            "The output of softmax was overwritten before backward used it, through `.data` or another alias that does "
-            "not share its version, so that PyTorch does not notice."
+            "The output of softmax was overwritten before backward used it, through `.data` or another alias with its "
+            "own version counter, so PyTorch does not notice."
         )
         assert [(str(site), site.role) for site in finding.sites] == [("model.py:41", "write"), ("model.py:40", "save")]
         assert finding.evidence == {
@@ -86,7 +86,7 @@ class TestSavedTensorModifiedSilently:
             "slot": "result",
             "how": "untracked",
         }
-        assert finding.fix == ("Write to a copy: put `x = x.clone()` on a line of its own before model.py:41.")
+        assert finding.fix == "Write to a copy: insert the line `x = x.clone()` before model.py:41."
 
     def test_under_hooks(self):
         finding = only(ran(dataclasses.replace(UNTRACKED, silent="hooks")))
@@ -100,7 +100,7 @@ class TestSavedTensorModifiedSilently:
         finding = only(ran(dataclasses.replace(UNTRACKED, silent="outside", writes=())))
         assert finding.message == (
             "The output of softmax was overwritten before backward used it, from outside PyTorch (a NumPy array that "
-            "shares its memory, say), which PyTorch cannot see."
+            "shares its memory, say), so PyTorch does not notice."
         )
         assert (finding.module, finding.sites) == ("net.attention", (SAVE,))
         assert finding.fix == "Give NumPy a copy: `x.detach().cpu().numpy().copy()`."
@@ -109,15 +109,15 @@ class TestSavedTensorModifiedSilently:
         finding = only(ran(dataclasses.replace(UNTRACKED, node="ScaleBackward", op=None, silent="unmarked")))
         assert finding.message == (
             "ScaleBackward overwrote its input without `ctx.mark_dirty`, and the input was used again at model.py:40: "
-            "its gradient leaves the write out."
+            "its gradient ignores the write."
         )
-        assert finding.fix.startswith("Call `ctx.mark_dirty(x)` in forward for each input it writes to")
+        assert finding.fix.startswith("Call `ctx.mark_dirty(x)` in `forward` for each input `x` that it writes to")
 
     def test_write_that_was_not_seen(self):
         finding = only(ran(dataclasses.replace(UNTRACKED, writes=())))
         assert (finding.module, finding.sites) == ("net.attention", (SAVE,))
         assert finding.fix == (
-            "Write out of place, or, where the write is meant, before the value is used in the forward pass."
+            "Use the out-of-place operation, or move the write ahead of the first use of the value in the forward pass."
         )
 
     @pytest.mark.parametrize(
@@ -174,12 +174,12 @@ class TestSavedTensorModifiedSilently:
             ("x = F.dropout(x, 0.1, inplace=True)", "Write `x = F.dropout(x, 0.1)` at model.py:41."),
             ("x.data += y  # residual", "Write `x = x + y` at model.py:41."),
             ("x.data *= y - 1", "Write `x = x * (y - 1)` at model.py:41."),
-            ("x.data[0] += y", "Write to a copy: put `x = x.clone()` on a line of its own before model.py:41."),
+            ("x.data[0] += y", "Write to a copy: insert the line `x = x.clone()` before model.py:41."),
             ("x.data.mul_(y)", "Write `x = x.mul(y)` at model.py:41."),
             ("torch._foreach_add_(xs, ys)", "Write `xs = torch._foreach_add(xs, ys)` at model.py:41."),
             ("torch.mul(x, y, out=x.data)", "Write `x = torch.mul(x, y)` at model.py:41."),
-            ("self.act(x)", "Make a new tensor at model.py:41, or write to a copy: `.clone()`."),
-            ("x.data.zero_()", "Write to a copy: put `x = x.clone()` on a line of its own before model.py:41."),
+            ("self.act(x)", "Use the out-of-place operation at model.py:41, or write to a copy: `.clone()`."),
+            ("x.data.zero_()", "Write to a copy: insert the line `x = x.clone()` before model.py:41."),
         ],
     )
     def test_the_line_that_writes_is_reworded(self, code, fix):
@@ -210,7 +210,7 @@ class TestSavedTensorModifiedSilently:
     def test_what_writes_to_a_parameter_means_to(self):
         write = Write("aten::clamp_", dataclasses.replace(WRITE, code="p.data.clamp_(-1, 1)"))
         finding = only(ran(dataclasses.replace(UNTRACKED, name="conv.weight", writes=(write,))))
-        assert finding.fix.startswith("Move the write to conv.weight at model.py:41 behind the `backward()`")
+        assert finding.fix.startswith("Move the write to conv.weight at model.py:41 after the `backward()`")
         assert finding.edit is None
 
     def test_write_to_a_whole_tensor_of_a_list(self):
@@ -229,7 +229,7 @@ class TestParametersUpdatedBeforeBackward:
         assert (finding.code, finding.severity, finding.module) == ("AMP405", ERROR, "net.attention")
         assert finding.message == (
             "The optimizer step at train.py:30 changed net.head.weight between the forward pass that saved it at "
-            "model.py:40 and its backward. The step writes past the version counter, so PyTorch says nothing."
+            "model.py:40 and its backward. The step bypasses the version counter, so PyTorch says nothing."
         )
         assert finding.sites == (STEP, SAVE)
         assert finding.evidence["parameters"] == ["net.head.weight"]
@@ -271,32 +271,31 @@ class TestBuffersRewrittenBetweenForwards:
         finding = only(ran(REWRITTEN))
         assert (finding.code, finding.severity, finding.module) == ("AMP407", ERROR, "net.attention")
         assert finding.message == (
-            "The buffer net.attention.mask, saved by MulBackward0 at model.py:40, was rewritten by copy_ at "
+            "The buffer net.attention.mask, saved by MulBackward0 at model.py:40, was overwritten by copy_ at "
             "model.py:41 before backward used it, and PyTorch does not notice."
         )
         assert finding.sites == (WRITE, SAVE)
         assert finding.evidence["tensor"] == "net.attention.mask"
-        assert finding.fix == "Use a copy at model.py:40: `self.mask.clone()`."
+        assert finding.fix == "Use `self.mask.clone()` at model.py:40."
 
     def test_by_the_broadcast_of_data_parallel_training(self):
         sent = Write("c10d::broadcast_", BROADCAST, by="buffer-broadcast")
         finding = only(ran(dataclasses.replace(REWRITTEN, writes=(sent,))))
-        assert "was rewritten by the buffer broadcast of DistributedDataParallel at train.py:20" in finding.message
+        assert "was overwritten by the buffer broadcast of DistributedDataParallel at train.py:20" in finding.message
         assert finding.fix == (
-            "Use a copy at model.py:40: `self.mask.clone()`, or build DistributedDataParallel with "
-            "`broadcast_buffers=False`."
+            "Use `self.mask.clone()` at model.py:40, or build DistributedDataParallel with `broadcast_buffers=False`."
         )
 
     def test_broadcast_to_a_buffer_without_a_name(self):
         sent = Write("c10d::broadcast_", BROADCAST, by="buffer-broadcast")
         finding = only(ran(dataclasses.replace(REWRITTEN, writes=(sent,), name=None, buffer=False)))
-        assert finding.message.startswith("A buffer, saved by MulBackward0 at model.py:40, was rewritten by the")
+        assert finding.message.startswith("A buffer, saved by MulBackward0 at model.py:40, was overwritten by the")
         assert finding.module is None
-        assert finding.fix.startswith("Use a copy at model.py:40: `buffer.clone()`, or")
+        assert finding.fix.startswith("Use `buffer.clone()` at model.py:40, or")
 
     def test_write_that_was_not_seen(self):
         finding = only(ran(dataclasses.replace(REWRITTEN, writes=())))
-        assert "saved by MulBackward0 at model.py:40, was rewritten before backward used it" in finding.message
+        assert "saved by MulBackward0 at model.py:40, was overwritten before backward used it" in finding.message
 
     def test_several_buffers_are_one_finding(self):
         finding = only(ran(REWRITTEN, dataclasses.replace(REWRITTEN, slot="self")))
@@ -311,8 +310,8 @@ class TestSavedTensorHooksWithoutCheck:
         finding = only(ran(unchecked=(UNCHECKED,)))
         assert (finding.code, finding.severity, finding.module) == ("AMP409", WARNING, "net.attention")
         assert finding.message == (
-            "Saved-tensor hooks at train.py:8 switch PyTorch's version check off: what SoftmaxBackward0 saved at "
-            "model.py:40 comes back as it was."
+            "Saved-tensor hooks at train.py:8 switch off PyTorch's version check: they return the tensor that "
+            "SoftmaxBackward0 saved at model.py:40 without a copy."
         )
         assert finding.sites == (SAVE, HOOKS)
         assert finding.evidence == {"node": "SoftmaxBackward0"}
@@ -320,7 +319,7 @@ class TestSavedTensorHooksWithoutCheck:
     def test_where_it_was_saved_is_not_known(self):
         finding = only(ran(unchecked=(UncheckedSave("SoftmaxBackward0", None, None),)))
         assert (finding.module, finding.sites) == (None, ())
-        assert finding.message.startswith("Saved-tensor hooks switch PyTorch's version check off: what")
+        assert finding.message.startswith("Saved-tensor hooks switch off PyTorch's version check: they return")
 
     def test_each_is_a_finding(self):
         assert [finding.code for finding in findings(ran(unchecked=(UNCHECKED, UNCHECKED)))] == ["AMP409", "AMP409"]

@@ -45,7 +45,7 @@ def test_module_sharded_without_the_policy() -> None:
     assert (finding.code, finding.severity, finding.module) == ("AMP111", WARNING, "head")
     assert finding.message == (
         f"{LOW} was asked for on the model itself, but head computed with float32 parameters in 1 module call of the "
-        "training step, since head is sharded without a policy; 1 call had bfloat16 ones."
+        "training step, because head is sharded without a policy; 1 call had bfloat16 parameters."
     )
 
 

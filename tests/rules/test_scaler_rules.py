@@ -89,7 +89,7 @@ class TestNeedlessGradScaler:
     def test_bfloat16(self):
         seen = only(trace(precision=BF16, training=step("bfloat16"), evaluation=None))
         assert (seen.code, seen.severity) == ("AMP302", INFO)
-        assert seen.message == "The GradScaler is enabled, and mixed bfloat16 needs no loss scaling."
+        assert seen.message == "The GradScaler is enabled, but mixed bfloat16 needs no loss scaling."
         assert only(trace(precision=BF16, training=None, evaluation=None)) == seen
 
     def test_undeclared_bfloat16(self):
@@ -122,7 +122,7 @@ class TestOptimizerHoldsOtherParameters:
         finding = only(trace(optimizers=(OTHERS,)))
         assert (finding.code, finding.severity) == ("AMP309", ERROR)
         assert finding.message == (
-            "None of the 3 trainable parameters of the model is held by an optimizer: there is SGD with 3 parameters, "
+            "No optimizer holds any of the 3 trainable parameters of the model: there is SGD with 3 parameters, "
             "none of them the model's."
         )
 
@@ -189,9 +189,7 @@ class TestLossScaleCollapse:
         seen = findings(scaling(*(SCALE, BACKWARD, SKIPPED, UPDATE) * 3))
         # The first step was skipped, too: that is information beside it.
         assert [(finding.code, finding.severity) for finding in seen] == [("AMP307", WARNING), ("AMP310", INFO)]
-        assert seen[0].message == (
-            "The scaler skipped all 3 optimizer steps that were watched, halving its scale each time."
-        )
+        assert seen[0].message == ("The scaler skipped all 3 watched optimizer steps, and lowered its scale each time.")
         assert seen[0].sites == (site(13),)
         assert seen[0].evidence == {"steps": 3, "skipped": 3}
 
@@ -222,7 +220,7 @@ class TestFirstStepSkipped:
         assert finding.sites == (site(13),)
         assert finding.evidence == {"skipped": True}
 
-    @pytest.mark.parametrize("first", [STEP, of_scaler("step", 13, 0)], ids=["taken", "not to be told"])
+    @pytest.mark.parametrize("first", [STEP, of_scaler("step", 13, 0)], ids=["taken", "unknown"])
     def test_a_later_step_skipped(self, first):
         assert found(scaling(first, SKIPPED)) == {}
 
@@ -232,7 +230,7 @@ class TestUnscaledBackward:
         finding = only(scaling(BACKWARD_UNSCALED, STEP, UPDATE))
         assert (finding.code, finding.severity) == ("AMP311", WARNING)
         assert finding.message == (
-            "The loss backpropagated at train.py:9 was not scaled, and the scaler divides its gradients by the loss "
+            "The loss backpropagated at train.py:9 was not scaled, but the scaler divides its gradients by the loss "
             "scale at train.py:13."
         )
         assert finding.sites == (site(9), site(13))
@@ -244,7 +242,7 @@ class TestUnscaledBackward:
     def test_scaled(self):
         assert found(scaling(SCALE, BACKWARD, STEP, UPDATE)) == {}
 
-    def test_not_to_be_told(self):
+    def test_unknown_whether_scaled(self):
         assert found(scaling(of_scaler("backward", 9, 0), STEP)) == {}
 
     @pytest.mark.parametrize(
