@@ -1,0 +1,211 @@
+"""Scripts as people write them: a model in parts, autocast around the loss alone, an optimizer of another model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ampcheck
+from ampcheck import Finding, Report
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Linear(8, 8), nn.Linear(8, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.backbone(x)))
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+
+
+def bf16() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def watched(train: Callable[[], None], model: nn.Module | None = None) -> Report:
+    with ampcheck.watch(model, emit=[].append, report=False) as watch:
+        train()
+    assert watch.report is not None
+    return watch.report
+
+
+def codes(report: Report) -> dict[str, str]:
+    return {finding.code: str(finding.severity) for finding in report.findings}
+
+
+def only(report: Report) -> Finding:
+    (finding,) = report.findings
+    return finding
+
+
+def loop(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    def train() -> None:
+        for _ in range(3):
+            value = loss()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+
+    return train
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_model_called_by_its_parts_is_known_whole(given: bool) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train() -> None:
+        for _ in range(3):
+            x, y = batch()
+            with bf16():
+                loss = F.cross_entropy(model.head(torch.relu(model.backbone(x))), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    report = watched(train, model if given else None)
+    assert report.findings == ()
+    modules = {row["name"]: row["calls"] for row in report.to_dict()["modules"]}
+    assert modules == {"": 0, "backbone": 1, "head": 1}
+
+
+def test_the_model_of_a_trainer_object() -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.model = Net()
+            self.optimizer = torch.optim.SGD(self.model.head.parameters(), lr=0.1)
+
+        def fit(self) -> None:
+            for _ in range(3):
+                x, y = batch()
+                features = self.model.backbone(x)
+                h = torch.sigmoid(self.model.head(features))
+                h += 1
+                F.cross_entropy(h, y).backward()
+
+    with pytest.raises(RuntimeError, match="inplace") as caught, ampcheck.watch(None, emit=[].append, report=False):
+        Trainer().fit()
+    assert "h = h + 1" in caught.value.__notes__[0]
+
+
+def test_a_part_that_was_tried_out_first() -> None:
+    """The model itself is called after one of its parts was."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    features = model.backbone(torch.ones(1, 8)).shape[1]
+    assert features == 8
+
+    def train() -> None:
+        assert model.backbone(torch.ones(1, 8)).shape[1] == 8
+        for _ in range(3):
+            x, y = batch()
+            with bf16():
+                loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    report = watched(train)
+    modules = {row["name"]: row["calls"] for row in report.to_dict()["modules"]}
+    assert modules[""] >= 1
+    assert "error" not in codes(report).values()
+
+
+class TestAutocastAroundTheLoss:
+    def test_a_loss_module(self) -> None:
+        model, criterion = Net(), nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss() -> torch.Tensor:
+            x, y = batch()
+            logits = model(x)
+            with bf16():
+                return criterion(logits, y)
+
+        finding = only(watched(loop(model, optimizer, loss)))
+        assert (finding.code, str(finding.severity)) == ("AMP101", "error")
+        assert "only CrossEntropyLoss" in finding.message
+
+    def test_a_loss_function(self) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss() -> torch.Tensor:
+            x, y = batch()
+            logits = model(x)
+            with bf16():
+                return F.cross_entropy(logits, y)
+
+        assert codes(watched(loop(model, optimizer, loss))) == {"AMP101": "warning"}
+
+    def test_the_forward_too(self) -> None:
+        model, criterion = Net(), nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss() -> torch.Tensor:
+            x, y = batch()
+            with bf16():
+                return criterion(model(x), y)
+
+        assert codes(watched(loop(model, optimizer, loss))) == {}
+
+    def test_a_head_in_float32_is_no_loss(self) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss() -> torch.Tensor:
+            x, y = batch()
+            with bf16():
+                features = model.backbone(x)
+            return F.cross_entropy(model.head(features.float()), y)
+
+        assert codes(watched(loop(model, optimizer, loss))) == {"AMP110": "info"}
+
+
+class TestOptimizerOfAnother:
+    def test_a_deep_copy(self) -> None:
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        model = copy.deepcopy(net)
+        report = watched(loop(model, optimizer, lambda: F.cross_entropy(model(batch()[0]), batch()[1])))
+        assert codes(report) == {"AMP309": "error"}
+
+    def test_a_head_that_was_replaced(self) -> None:
+        model = Net(10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.head = nn.Linear(8, 3)
+        finding = only(watched(loop(model, optimizer, lambda: F.cross_entropy(model(batch()[0]), batch()[1]))))
+        assert (finding.code, str(finding.severity)) == ("AMP309", "warning")
+        assert finding.evidence["missing"] == ["head.weight", "head.bias"]
+
+    def test_a_head_alone_is_trained(self) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+        report = watched(loop(model, optimizer, lambda: F.cross_entropy(model(batch()[0]), batch()[1])))
+        assert codes(report) == {}
+
+    def test_two_networks_with_an_optimizer_each(self) -> None:
+        generator, critic = nn.Linear(8, 8), nn.Linear(8, 8)
+        of_generator = torch.optim.SGD(generator.parameters(), lr=0.1)
+        of_critic = torch.optim.SGD(critic.parameters(), lr=0.1)
+
+        def train() -> None:
+            for _ in range(3):
+                fake = generator(batch()[0])
+                of_critic.zero_grad()
+                critic(fake.detach()).mean().backward()
+                of_critic.step()
+                of_generator.zero_grad()
+                critic(fake).mean().backward()
+                of_generator.step()
+
+        assert codes(watched(train)) == {}
