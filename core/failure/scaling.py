@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ampcheck.failure.code import function_at, read, site_in, tree_of
-from ampcheck.failure.frames import Frame, Scene, still_running
+from ampcheck.failure.code import expressions_at, function_at, read, site_in, tree_of
+from ampcheck.failure.frames import Frame, Scene, still_running, user_code_first
 from ampcheck.observe.walk import tensor_names
 from ampcheck.source.lines import is_library
 from ampcheck.trace import (
@@ -178,7 +179,12 @@ def scaler_argument(scene: Scene) -> ScalerArgument:
     """The argument that a scaler does not take, or its ``init_scale`` where a device was meant."""
     unexpected = scene.said.get("unexpected")
     if unexpected is not None:
-        return ScalerArgument("closure" if unexpected == "Closure" else unexpected)
+        if unexpected == "Closure":
+            return ScalerArgument("closure")
+        call = _call_with(scene, unexpected)
+        if call is None:
+            return ScalerArgument(unexpected)
+        return ScalerArgument(unexpected, call=ast.unparse(call), corrected=_corrected(call, unexpected))
     for frame in reversed(scene.found):
         scaler = frame.receiver
         if frame.in_torch("amp/grad_scaler.py") and isinstance(scaler, torch.amp.GradScaler):
@@ -187,6 +193,32 @@ def scaler_argument(scene: Scene) -> ScalerArgument:
             name = f"torch.{kind.__module__.split('.')[1]}.amp.GradScaler" if old else "torch.amp.GradScaler"
             return ScalerArgument("init_scale", repr(scaler._init_scale), name)
     return ScalerArgument("init_scale")
+
+
+_PARAMETERS = ("device", "init_scale", "growth_factor", "backoff_factor", "growth_interval", "enabled")
+
+
+def _call_with(scene: Scene, keyword: str) -> ast.Call | None:
+    """The one call of a scaler in the running line of user code that passes ``keyword``."""
+    for frame in user_code_first(scene.found):
+        calls = [node for node in expressions_at(frame) if isinstance(node, ast.Call)]
+        calls = [call for call in calls if any(one.arg == keyword for one in call.keywords)]
+        if len(calls) == 1 and ast.unparse(calls[0].func).endswith("GradScaler"):
+            return calls[0]
+    return None
+
+
+def _corrected(call: ast.Call, keyword: str) -> str:
+    """The call of ``torch.amp.GradScaler`` that was meant."""
+    meant = "device" if keyword in ("device", "device_type") else None
+    close = [meant] if meant else difflib.get_close_matches(keyword, _PARAMETERS, 1)
+    kept = [one for one in call.keywords if one.arg != keyword]
+    renamed = [ast.keyword(close[0], one.value) for one in call.keywords if one.arg == keyword and close]
+    # Its older spellings take no device, and the initial scale first.
+    old = ast.unparse(call.func) in ("torch.cuda.amp.GradScaler", "torch.cpu.amp.GradScaler") or keyword == "device"
+    positional = [ast.keyword(name, value) for name, value in zip(_PARAMETERS[1:], call.args, strict=False)]
+    function = ast.parse("torch.amp.GradScaler", mode="eval").body if old else call.func
+    return ast.unparse(ast.Call(function, [] if old else call.args, [*renamed, *(positional if old else ()), *kept]))
 
 
 def scaler_order(scene: Scene) -> ScalerOrder:

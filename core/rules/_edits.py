@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeGuard
+
+from ampcheck.rules.rule import Edit
+from ampcheck.trace import Site
 
 # The result of these methods does not depend on what they overwrite: they have no twin without the underscore.
 _NO_TWIN = re.compile(
@@ -21,6 +24,30 @@ def out_of_place(code: str, op: str, *, whole: bool) -> str | None:
     indexed part."""
     line = _Line.of(code)
     return line.out_of_place(op, whole=whole) if line is not None else None
+
+
+def replacing(sites: Iterable[Site], call: str | None, corrected: str | None) -> Edit | None:
+    """The edit of the first of ``sites`` that holds ``call``, as ``ast.unparse`` spells it, to ``corrected``."""
+    for site in sites:
+        after = _with_call(site.code, call, corrected) if call is not None and corrected is not None else None
+        if after is not None:
+            return Edit(site.file, site.line, site.code, after)
+    return None
+
+
+def _with_call(code: str, call: str, corrected: str) -> str | None:
+    for whole in (code, f"{code} pass", f"{code}\n    pass\ndef f(): pass"):
+        try:
+            tree = ast.parse(whole)
+        except (SyntaxError, ValueError):
+            continue
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node) == call]
+        if len(found) != 1 or found[0].end_lineno != 1:
+            return None
+        line = code.encode()
+        start, end = found[0].col_offset, found[0].end_col_offset or 0
+        return (line[:start] + corrected.encode() + line[end:]).decode()
+    return None
 
 
 def copied_argument(code: str, called: str) -> str | None:

@@ -111,9 +111,9 @@ def cast_fix(operation: FailedOperation, why: Why) -> str:
     casting = _cast_call(low, high)
     if why.reason == "autocast-disabled-here":
         return f"{casting}, or remove the region{place(why.site)} so that autocast casts."
-    if why.reason == "float64-operand":
-        double = [cast_of(operand, ".float()") for operand in operands if operand.dtype == "float64"]
-        return f"Cast to float32 first, or where it is made: {', '.join(double)}."
+    double = [operand for operand in operands if operand.dtype == "float64"]
+    if double and why.reason in ("float64-operand", "autocast-never-entered"):
+        return _from_float64(double)
     if why.reason == "autocast-never-entered":
         entered = next((operand.dtype for operand in low if not operand.stored), "float16")
         casting = casting[:1].lower() + casting[1:]
@@ -121,6 +121,14 @@ def cast_fix(operation: FailedOperation, why: Why) -> str:
     if why.reason == "other-thread":
         return f"Enter `with torch.autocast({device!r}, ...):` inside the function that the thread runs."
     return f"{casting}."
+
+
+def _from_float64(double: Sequence[FailedOperand]) -> str:
+    """Autocast never casts float64, on or off."""
+    known = [cast_of(operand, ".float()") for operand in double if not operand.library]
+    if known:
+        return f"Cast to float32 first, or where it is made: {', '.join(known)}."
+    return "Cast the float64 input of the module to float32 before the call, or where it is made: `.float()`."
 
 
 def _cast_call(low: Sequence[FailedOperand], high: Sequence[FailedOperand]) -> str:

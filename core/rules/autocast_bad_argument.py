@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from ampcheck.rules._edits import replacing
 from ampcheck.rules._words import places
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import AutocastCall, Trace
@@ -52,6 +53,7 @@ def autocast_bad_argument(trace: Trace) -> Iterator[Evidence]:
         sites=places((call.site, call.kwargs_site)) or failure.sites[:1],
         data=_data(call),
         fix=_fix(call),
+        edit=replacing(places([call.site]), call.call, call.corrected) if call.replaces == "call" else None,
     )
 
 

@@ -1,9 +1,10 @@
 from collections.abc import Iterator
 
+from ampcheck.rules._facts import trainable
 from ampcheck.rules._stale import plain_op
 from ampcheck.rules._words import place, places
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Failure, GraphFreed, NoGraph, Trace
+from ampcheck.trace import Failure, GraphFreed, NoGraph, Site, Trace
 
 
 @rule(
@@ -68,9 +69,17 @@ def _detached(trace: Trace, failure: Failure) -> Evidence:
         f"Backward{place(raised)} ran on a loss without a graph{why}.",
         module=failure.module,
         sites=places((raised, cut)),
-        fix=(
-            f"Keep the graph{place(cut)}: no `.detach()`, `.data`, `.item()` or `no_grad` between model and loss."
-            if cut
-            else "Call `requires_grad_(True)` on the parameters to train, and run the forward pass without `no_grad`."
-        ),
+        fix=_keep_graph(trace, cut),
     )
+
+
+def _keep_graph(trace: Trace, cut: Site | None) -> str:
+    if cut is not None:
+        return f"Keep the graph{place(cut)}: no `.detach()`, `.data`, `.item()` or `no_grad` between model and loss."
+    recorded = trace.training is not None and any(call.grad_enabled for call in trace.training.calls)
+    if recorded and trace.model is not None and trainable(trace.model):
+        return (
+            "Compute the loss from what the model returned: a tensor made of Python numbers, `torch.tensor(losses)` or "
+            "`.item()`, has no graph."
+        )
+    return "Call `requires_grad_(True)` on the parameters to train, and run the forward pass without `no_grad`."

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 
+from ampcheck.rules._edits import replacing
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import ScalerArgument, Trace
 
@@ -49,11 +50,13 @@ def scaler_bad_argument(trace: Trace) -> Iterator[Evidence]:
         )
         return
     if facts.argument != "init_scale":
+        made = facts.corrected or 'torch.amp.GradScaler("cuda")'
         yield Evidence(
             f"`GradScaler` does not take `{facts.argument}`.",
             sites=failure.sites[:1],
             data={"argument": facts.argument},
-            fix='Write `torch.amp.GradScaler("cuda")`: the device is its first argument, called `device`.',
+            fix=f"Write `{made}`.",
+            edit=replacing(failure.sites[:1], facts.call, facts.corrected),
         )
         return
     value = facts.value or "that is no number"

@@ -45,11 +45,13 @@ class ScalerOrder:
 @dataclass(frozen=True)
 class ScalerArgument:
     """The scaler, or its ``step``, was given an argument that it does not take, or an ``init_scale`` that is no number
-    (``value``)."""
+    (``value``). ``call`` is the call in the source, and ``corrected`` what to write instead."""
 
     argument: str
     value: str | None = None
     scaler: str = "GradScaler"
+    call: str | None = None
+    corrected: str | None = None
 
 
 @dataclass(frozen=True)

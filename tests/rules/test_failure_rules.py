@@ -545,6 +545,25 @@ class TestScalerOutOfOrder:
 
 
 class TestScalerBadArgument:
+    @pytest.mark.parametrize(
+        ("code", "call", "corrected", "after"),
+        [
+            (
+                'scaler = torch.amp.GradScaler(device_type="cpu")',
+                "torch.amp.GradScaler(device_type='cpu')",
+                "torch.amp.GradScaler(device='cpu')",
+                "scaler = torch.amp.GradScaler(device='cpu')",
+            ),
+            ("with scaled(GradScaler(x=1)):", "GradScaler(x=1)", "GradScaler()", "with scaled(GradScaler()):"),
+        ],
+    )
+    def test_the_corrected_call(self, code, call, corrected, after):
+        facts = ScalerArgument("device_type", call=call, corrected=corrected)
+        finding = only(failed(facts, sites=(line(30, code, "raise"),)))
+        assert finding.fix == f"Write `{corrected}`."
+        assert finding.edit is not None
+        assert (finding.edit.before, finding.edit.after) == (code, after)
+
     def test_closure(self):
         finding = only(failed(ScalerArgument("closure")))
         assert finding.message.startswith("`GradScaler.step()` got a closure.")
@@ -729,8 +748,12 @@ class TestGraphFreedOrDetached:
             "Backward at net.py:30 ran on a loss without a graph: detach at net.py:44 returned a tensor without one."
         )
 
-    def test_nothing_was_seen(self):
+    def test_a_loss_made_of_numbers(self):
         finding = only(failed(NoGraph(), phase="backward"))
+        assert finding.fix.startswith("Compute the loss from what the model returned")
+
+    def test_nothing_was_seen(self):
+        finding = only(failed(NoGraph(), phase="backward", training=None))
         assert finding.message == "Backward at net.py:30 ran on a loss without a graph."
         assert finding.fix.startswith("Call `requires_grad_(True)` on the parameters to train")
 
