@@ -559,7 +559,10 @@ class TestScalerBadArgument:
     )
     def test_the_corrected_call(self, code, call, corrected, after):
         facts = ScalerArgument("device_type", call=call, corrected=corrected)
-        finding = only(failed(facts, sites=(line(30, code, "raise"),)))
+        crash = failed(facts)
+        assert crash.failure is not None
+        raised = dataclasses.replace(crash.failure, sites=(line(30, code, "raise"),))
+        finding = only(dataclasses.replace(crash, failure=raised))
         assert finding.fix == f"Write `{corrected}`."
         assert finding.edit is not None
         assert (finding.edit.before, finding.edit.after) == (code, after)
