@@ -22,7 +22,7 @@ def report_export(
     report: bool | str | os.PathLike[str],
     **_: Any,
 ) -> None:
-    """Compare, with the options of a checker, and report through Ultralytics' logger and beside the file. Raises
+    """Compare, with the options of a checker, and report through Ultralytics' logger and next to the file. Raises
     ``FindingsError``."""
     try:
         file, model, images = _exported(exporter)

@@ -1,4 +1,4 @@
-"""Remedies in Ultralytics' words, for the version that is installed."""
+"""Fixes in Ultralytics' words, for the installed version."""
 
 from __future__ import annotations
 

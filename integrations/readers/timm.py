@@ -110,7 +110,7 @@ def _dtype_of_regions(amp_autocast: Any) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             region = amp_autocast()
-    except Exception:  # noqa: BLE001 - the script will call it in its turn
+    except Exception:  # noqa: BLE001 - the script will call it itself, and raise there
         return None
     if not isinstance(region, torch.autocast) or not region._enabled:
         return None
