@@ -1,5 +1,5 @@
-"""What every adapter holds: a ``Session``, which puts the host's methods in the shade and gives them back, and keeps
-the adapter's own faults out of the training."""
+"""``Session``, which every adapter holds: it shadows the host's methods, gives them back, and keeps the adapter's own
+errors out of the training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ R = TypeVar("R")
 
 
 class Shadow(functools.partial[Any]):
-    """What ``shadow`` puts before a method of one instance. It is no closure: a copy of the instance carries a shadow
-    of its own, and where ``around`` can be pickled the instance can be."""
+    """Replaces a method of one instance. It is not a closure: a copy of the instance gets its own shadow, and the
+    instance can be pickled if ``around`` can."""
 
     owner: Any
     name: str
@@ -34,13 +34,13 @@ class Shadow(functools.partial[Any]):
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        # Learning rate schedulers take an optimizer's `step` apart, and bind its function anew.
+        # Learning rate schedulers take the function out of an optimizer's `step` and bind it again.
         return functools.wraps(self, updated=())(lambda owner, /, *args, **kwargs: self(*args, **kwargs))
 
     def give_back(self) -> None:
-        """Put back what was there before, unless somebody else has replaced the method since: then it is theirs.
+        """Put back what was there before, unless somebody else has replaced the method since.
 
-        Shadows of one method may be given back in any order. May be called again.
+        Shadows of one method may be given back in any order, and more than once.
         """
         self.given_back = True
         attributes = vars(self.owner)
@@ -50,7 +50,7 @@ class Shadow(functools.partial[Any]):
 
 
 def shadow(owner: Any, name: str, around: Callable[..., Any], *first: Any) -> Shadow:
-    """Have ``around(*first, method, ...)`` called in place of the method ``name`` of this one instance."""
+    """Call ``around(*first, method, ...)`` instead of the method ``name`` of this one instance."""
     method = getattr(owner, name)
     placed = Shadow(around, *first, method)
     functools.update_wrapper(placed, method)
@@ -61,7 +61,7 @@ def shadow(owner: Any, name: str, around: Callable[..., Any], *first: Any) -> Sh
 
 
 def variables(frames: Iterable[FrameType], *names: str, function: str | None = None) -> Iterator[dict[str, Any]]:
-    """The variables of each frame (of ``function``, where it is given) that holds all of these."""
+    """The variables of each frame that has all of these ``names``, or only of the frames of ``function``."""
     for frame in frames:
         if function is None or frame.f_code.co_name == function:
             held = frame.f_locals
@@ -70,7 +70,7 @@ def variables(frames: Iterable[FrameType], *names: str, function: str | None = N
 
 
 class Returnable(Protocol):
-    """What a session takes back."""
+    """Something that a session takes back."""
 
     def give_back(self) -> None: ...
 
@@ -79,11 +79,11 @@ class Session:
     """A host's runs, one after the other: a checker, and what the adapter has put into the host's objects.
 
     ``state`` is ``"detached"`` before a model is attached and after the end, ``"attached"`` in between, and ``"off"``
-    from a fault of the adapter to the end of that run. Whether steps are left to watch, ``checker.watching`` and
-    ``checker.watching_evaluation`` tell.
+    from an error of the adapter to the end of that run. ``checker.watching`` and ``checker.watching_evaluation`` tell
+    whether steps are left to watch.
 
-    ``options`` are those of ``AmpChecker``, ``checker`` is one made elsewhere, in place of them, and ``warn`` takes the
-    warning that the adapter has failed (default: standard error). Raises ``ValueError`` where both are given, and what
+    ``options`` are those of ``AmpChecker``; ``checker`` is an existing one and replaces them. ``warn`` gets the warning
+    that the adapter has failed (default: standard error). Raises ``ValueError`` if both are passed, and whatever
     ``AmpChecker`` raises.
     """
 
@@ -100,7 +100,7 @@ class Session:
         self._step: AbstractContextManager[object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or one in another process, has put nothing anywhere."""
+        """The state without what was put into the host: a copy, or one in another process, has put nothing anywhere."""
         return vars(self) | {"_put": [], "_step": None}
 
     def attach(self, model: nn.Module, **seen: Any) -> None:
@@ -110,30 +110,30 @@ class Session:
             self.checker.attach(model, **seen)
 
     def put(self, thing: Returnable) -> None:
-        """Have ``thing.give_back()`` called at the end of the run, or after a fault."""
+        """Call ``thing.give_back()`` at the end of the run, or after an error of the adapter."""
         self._put.append(thing)
 
     def shadow(self, owner: Any, name: str, around: Callable[..., Any], *first: Any) -> Shadow:
-        """Have ``around(*first, method, ...)`` called in place of the method ``name`` of this one instance, until the
-        end of the run."""
+        """Call ``around(*first, method, ...)`` instead of the method ``name`` of this one instance, until the end of
+        the run."""
         placed = shadow(owner, name, around, *first)
         self._put.append(placed)
         return placed
 
     def guard(self, owner: Any, name: str, failed: Callable[[BaseException], None]) -> None:
-        """Show ``failed`` every exception that leaves this method of one instance."""
+        """Pass every exception that leaves this method of one instance to ``failed``."""
         self.shadow(owner, name, self._guarded, failed)
 
     def watch_training(self, owner: Any, name: str, batch: FindBatch) -> None:
-        """Take each call of this method of one instance for a training step, as long as one is left to watch."""
+        """Watch each call of this method of one instance as a training step, as long as one is left to watch."""
         self.shadow(owner, name, self._training_step, batch)
 
     def watch_evaluation(self, owner: Any, name: str) -> None:
-        """Take each call of this method of one instance for an evaluation step, as long as one is left to watch."""
+        """Watch each call of this method of one instance as an evaluation step, as long as one is left to watch."""
         self.shadow(owner, name, self._evaluation_step)
 
     def unwatch(self) -> None:
-        """Give back the methods whose calls are steps."""
+        """Give back the methods whose calls are watched as steps."""
         self._unwatch(self._training_step, self._evaluation_step)
 
     def open_step(self, step: AbstractContextManager[object]) -> None:
@@ -142,13 +142,13 @@ class Session:
         step.__enter__()
 
     def close_step(self, error: BaseException | None = None) -> None:
-        """Leave the step that is open, if one is; ``error`` is what it died of."""
+        """Leave the open step, if there is one; ``error`` is the exception that ended it."""
         step, self._step = self._step, None
         if step is not None:
             step.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
 
     def take_back(self, *things: Returnable) -> None:
-        """Take these back before the end."""
+        """Take these things back before the end."""
         for thing in things:
             if thing in self._put:
                 thing.give_back()
@@ -167,7 +167,7 @@ class Session:
         try:
             batch = None
             if find_batch is not None:
-                # What the frames alone tell is worth more than nothing.
+                # Without the batch, the frames still tell something.
                 with suppress(Exception):
                     batch = find_batch(frame for frame, _ in walk_tb(error.__traceback__))
             self.checker.diagnose(error, phase=phase, step=step, batch=batch)
@@ -175,14 +175,14 @@ class Session:
             self.fail(fault)
 
     def end(self) -> None:
-        """The run is over: take everything back, and detach. May be called again, and ahead of the next run."""
+        """End the run: take everything back, and detach. May be called again, and before the next run."""
         self.take_back(*reversed(self._put))
         self._step = None
         self.checker.detach()
         self.state = "detached"
 
     def fail(self, error: Exception) -> None:
-        """A fault of the adapter: take everything back, tell of it once, and leave the run alone. Never raises."""
+        """After an error of the adapter: take everything back, warn once, and leave the run alone. Never raises."""
         self.state = "off"
         for thing in reversed(self._put):
             with suppress(Exception):
@@ -221,7 +221,7 @@ class Session:
     def _unwatch(self, *steps: Callable[..., Any]) -> None:
         try:
             self.take_back(*(one for one in reversed(self._put) if isinstance(one, Shadow) and one.func in steps))
-        except Exception as error:  # noqa: BLE001 - the step was the training's, and is done
+        except Exception as error:  # noqa: BLE001 - the training's step has succeeded
             self.fail(error)
 
 
@@ -235,8 +235,8 @@ A = TypeVar("A", bound=HasSession)
 
 
 def contained(event: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[A, P], R | None]:
-    """Make a method of what holds a ``session`` unable to raise anything into the training but the ``FindingsError``
-    that was asked for: any other exception is the adapter's fault."""
+    """Decorate a method of an adapter so that it raises nothing into the training but the ``FindingsError`` that the
+    user asked for: any other exception is the adapter's own error."""
 
     @functools.wraps(event)
     def call(self: A, /, *args: P.args, **kwargs: P.kwargs) -> R | None:
@@ -244,7 +244,7 @@ def contained(event: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[A, 
             return event(self, *args, **kwargs)
         except FindingsError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is ours and not the user's
+        except Exception as error:  # noqa: BLE001 - it is AmpCheck's error, not the user's
             self.session.fail(error)
             return None
 

@@ -59,7 +59,7 @@ else:
 
 
 class AmpCheck(Callback):
-    """Tells at fit start and after the first steps whether mixed precision is on and sound, and explains a crash.
+    """Reports at fit start and after the first steps whether mixed precision is on and sound, and explains crashes.
 
     ``Trainer(callbacks=[AmpCheck()], ...)``. The report goes to Lightning's logger on rank zero, and as
     ``ampcheck.json`` into ``trainer.log_dir`` (none under ``fast_dev_run``).
@@ -73,7 +73,7 @@ class AmpCheck(Callback):
         checker: A checker of your own, in place of all the options above.
 
     Raises:
-        ValueError: On an unknown rule code or option value, or where ``checker`` comes with other options.
+        ValueError: On an unknown rule code or option value, or if ``checker`` comes with other options.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class AmpCheck(Callback):
         self.session.end()
 
     def _methods(self, trainer: Trainer, *paths: str) -> Iterator[tuple[Any, str]]:
-        """Of each path from the trainer the object and the name of its method, where this Lightning has them."""
+        """The object and the name of its method for each path from the trainer, if this Lightning has them."""
         for path in paths:
             *parents, name = path.split(".")
             owner: Any = trainer
@@ -183,6 +183,6 @@ def _package_of(trainer: Trainer) -> ModuleType:
 
 
 def _directory(trainer: Any) -> str | None:
-    """Where the run's files go; ``None`` where it writes none, or not to a disk. To be called on every rank."""
+    """Where the run's files go; ``None`` if it writes none, or not to a disk. Call it on every rank."""
     directory = trainer.log_dir or trainer.default_root_dir
     return None if trainer.fast_dev_run or "://" in directory else directory

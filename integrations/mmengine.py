@@ -1,4 +1,4 @@
-"""AmpCheck for MMEngine and the libraries on it: MMDetection 3 and its family.
+"""AmpCheck for MMEngine and the libraries built on it: MMDetection 3 and its family.
 
 In a config file::
 
@@ -35,15 +35,15 @@ __all__ = ["FIXES", "AmpCheckHook"]
 class AmpCheckHook(Hook):  # type: ignore[misc]
     """Reports whether mixed precision is on and sound, and explains precision errors.
 
-    The report goes to ``runner.logger`` and, as JSON, into ``runner.log_dir``. With the priority ``LOWEST`` every
-    other hook has done its work when the model is looked at. The first iteration of training and of evaluation are
-    watched; after that nothing of this hook runs in an iteration.
+    The report goes to ``runner.logger`` and, as JSON, into ``runner.log_dir``. The priority ``LOWEST`` lets every
+    other hook finish before this one looks at the model. It watches the first iteration of training and of evaluation;
+    after that nothing of this hook runs in an iteration.
 
     ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) stops the run on a finding that severe. ``watch_steps`` is the number of training iterations to
     watch. ``report`` is the path of the JSON report, or false for none. ``checker`` replaces all of these.
 
-    Raises ``ValueError`` for an unknown code or option value, and for options given beside ``checker``.
+    Raises ``ValueError`` for an unknown code or option value, and for options passed together with ``checker``.
     """
 
     priority = "LOWEST"
@@ -91,9 +91,9 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
         self.session.end()
 
     def _watch(self, runner: Any, loop: BaseLoop, find_batch: functools.partial[Any] | None) -> None:
-        """See the failures of a loop, and its first iteration. ``find_batch``: the loop trains.
+        """Watch the failures and the first iteration of a loop; a loop with ``find_batch`` trains.
 
-        It is the loop's methods that are shadowed, not the model's: the model can be pickled and copied all the while.
+        Shadows the methods of the loop, not of the model, so the model can be pickled and copied at any time.
         """
         self.session.guard(loop, "run", functools.partial(self._failed, loop, find_batch))
         if getattr(loop, "run_iter", None) is None:
@@ -122,7 +122,7 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
 
     @contained
     def _failed(self, loop: BaseLoop, find_batch: functools.partial[Any] | None, error: BaseException) -> None:
-        # What leaves a validation goes on through the training around it.
+        # An exception that leaves a validation goes on through the training around it.
         if self.session.state == "attached":
             phase = "evaluation_step" if find_batch is None else "training_step"
             self.session.diagnose(error, phase=phase, step=getattr(loop, "iter", None), find_batch=find_batch)
@@ -130,8 +130,8 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
 
 
 def _failing_batch(loop: BaseLoop, runner: Any, frames: Iterable[FrameType]) -> Callable[[], object] | None:
-    """What computes the loss of the batch in these frames once more, from the loop's; ``None`` where it cannot be
-    found, or the model not be run outside its wrapper."""
+    """A function that computes the loss of the batch in these frames once more, from the loop's frame; ``None`` if the
+    batch cannot be found, or the model cannot run outside its wrapper."""
     model, wrappers = _unwrapped(runner.model), _optim_wrappers(runner).values()
     plain = nn.parallel.DistributedDataParallel, nn.parallel.DataParallel
     if is_model_wrapper(runner.model) and (model is runner.model or not isinstance(runner.model, plain)):
@@ -148,7 +148,7 @@ def _failing_batch(loop: BaseLoop, runner: Any, frames: Iterable[FrameType]) -> 
 
 
 def _step_again(model: Any, data: Any, wrapper: Any) -> None:
-    """``train_step`` of the model's class, without what ``compile`` put before it. It runs backward itself."""
+    """Run ``train_step`` of the model's class, without what ``compile`` put in its place. It runs backward itself."""
     if isinstance(wrapper, OptimWrapperDict):
         stand_in = copy.copy(wrapper)
         stand_in.optim_wrappers = {key: _stand_in(model, one) for key, one in wrapper.items()}
@@ -158,8 +158,8 @@ def _step_again(model: Any, data: Any, wrapper: Any) -> None:
 
 
 def _stand_in(model: nn.Module, wrapper: OptimWrapper) -> OptimWrapper:
-    """A copy of the optimizer wrapper that counts for itself, scales nothing, and runs backward without hooks on
-    parameters, which are where processes wait for one another."""
+    """A copy of the optimizer wrapper that keeps its own counts, scales nothing, and runs backward without hooks on
+    parameters, because processes wait for one another in these hooks."""
     stand_in = copy.copy(wrapper)
 
     def backward(loss: torch.Tensor, **kwargs: Any) -> None:
@@ -176,12 +176,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether the ``compile`` of the config has replaced a method of the model: probes would compile it again."""
+    """Whether ``compile`` in the config has replaced a method of the model: under probes it would compile again."""
     return any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(model).values())
 
 
 def _optim_wrappers(runner: Any) -> dict[str, BaseOptimWrapper]:
-    """The optimizer wrappers of a run by their config keys; none where the run only evaluates."""
+    """The optimizer wrappers of a run by their config keys; none if the run only evaluates."""
     wrapper = getattr(runner, "optim_wrapper", None)
     if isinstance(wrapper, OptimWrapperDict):
         return {f"optim_wrapper.{key}": value for key, value in wrapper.items()}
@@ -189,7 +189,7 @@ def _optim_wrappers(runner: Any) -> dict[str, BaseOptimWrapper]:
 
 
 def _declared(runner: Any, wrappers: Mapping[str, BaseOptimWrapper]) -> Precision:
-    """What the config asks of training. Several optimizer wrappers have to agree, else what is observed decides."""
+    """The precision that the config asks for in training; unknown if several optimizer wrappers disagree."""
     loops = {f"{name}_cfg": getattr(runner, f"_{name}_loop", None) for name in ("val", "test")}
     evaluation = next((f"{key}.fp16=True" for key, loop in loops.items() if getattr(loop, "fp16", False) is True), "")
     asked = {_asked_of(wrapper) for wrapper in wrappers.values()}
@@ -209,7 +209,7 @@ def _declared(runner: Any, wrappers: Mapping[str, BaseOptimWrapper]) -> Precisio
 
 
 def _asked_of(wrapper: BaseOptimWrapper) -> Precision:
-    """What one optimizer wrapper does; Apex and wrappers of others have means of their own."""
+    """What one optimizer wrapper asks for; unknown for Apex and third-party wrappers, which cast in their own ways."""
     if isinstance(wrapper, AmpOptimWrapper):
         scaler = _scaler_of(wrapper)
         return dataclasses.replace(_MIXED, dtype=_cast_dtype(wrapper), scaler=scaler.is_enabled() if scaler else None)

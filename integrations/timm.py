@@ -40,8 +40,8 @@ def install(
     report: bool | str | os.PathLike[str] = True,
     checker: AmpChecker | None = None,
 ) -> AmpChecker:
-    """Check the training that ``script`` (default: the program that runs) does in its functions ``train_one_epoch``
-    and ``validate``. To be called once both are defined, before they are used.
+    """Check the training that ``script`` (default: the running program) does in its functions ``train_one_epoch`` and
+    ``validate``. Call it once both are defined, before they are used.
 
     Reports go to the script's logger, ``train``, and as ``ampcheck.json`` into its output directory.
 
@@ -49,18 +49,18 @@ def install(
     ``"never"``) stops training on a finding that severe. ``watch_steps`` is the number of updates to watch. ``report``
     is the path of the JSON report, or false for none. ``checker`` replaces all of these.
 
-    Raises ``ValueError`` for an unknown code or option value, and for options given beside ``checker``.
+    Raises ``ValueError`` for an unknown code or option value, and for options passed together with ``checker``.
     """
     session = Session(checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report)
     script = script or sys.modules["__main__"]
     if not wrap(script, session):
-        say(f"ampcheck  {script.__name__} defines no train_one_epoch() so far, and is not checked")
+        say(f"ampcheck  {script.__name__} defines no train_one_epoch() yet, so it is not checked")
     atexit.register(session.checker.detach)
     return session.checker
 
 
 def wrap(script: ModuleType, session: Session) -> bool:
-    """Wrap the script's functions by name; false, and nothing is done, where there is none that trains."""
+    """Wrap the script's functions by name. Returns false, and does nothing, if none of them trains."""
     if not callable(getattr(script, "train_one_epoch", None)):
         return False
     adapter = _Script(session)
@@ -116,17 +116,17 @@ class _Script:
     def _attach(self, values: Mapping[str, Any]) -> None:
         model = reader.model(values)
         if model is None:
-            say("ampcheck  the script's functions are given no model: nothing is checked")
+            say("ampcheck  the script's functions get no model, so nothing is checked")
             return
         host = Host("timm", timm.__version__, FIXES)
         self.session.attach(model, host=host, log=log, **reader.held(values, model))
 
 
 class _Updates:
-    """Watches updates, from here or the end of the one before, while the checker has steps left to watch.
+    """Watches updates, each from the end of the previous one, while the checker has steps left to watch.
 
-    A script of timm's kind has no event between two batches, so two methods of its optimizer are shadowed until then.
-    An update is over when ``step`` returns, or when ``zero_grad`` finds gradients: then the scaler skipped it.
+    timm's scripts have no event between two batches, so this shadows two methods of the optimizer until it is done. An
+    update ends when ``step`` returns, or when ``zero_grad`` finds gradients: then the scaler skipped it.
     """
 
     def __init__(self, session: Session, optimizer: torch.optim.Optimizer | None) -> None:
@@ -230,7 +230,7 @@ def say(text: str) -> None:
 
 
 def log(level: int, text: str) -> None:
-    """To the script's logger, or where it has been given no handler, to standard error."""
+    """Log to the script's logger or, if it has no handler, to standard error."""
     heard = _LOGGER.hasHandlers() and _LOGGER.isEnabledFor(level)
     _LOGGER.log(level if heard else max(level, logging.WARNING), text)
 

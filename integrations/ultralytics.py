@@ -35,24 +35,24 @@ Callback = Callable[[Any], None]
 class AmpCheck:
     """Checks the training runs of a YOLO model.
 
-    ``attach(model)`` sees everything. ``callbacks``, a mapping from event to function for ``model.add_callback``,
-    sees all but failures of ``model.val()``, and whether ``amp=`` was given or left at its default.
+    ``attach(model)`` sees everything. ``callbacks``, a mapping from event to function for ``model.add_callback``, does
+    not see failures of ``model.val()``, nor whether ``amp=`` was set or left at its default.
 
-    Training on several devices is checked in the processes that Ultralytics starts for it, where the version hands
-    its callbacks on to them; where not, ``attach`` says so.
+    Training on several devices is checked in the processes that Ultralytics starts, if this version passes its
+    callbacks on to them; otherwise ``attach`` says so.
 
-    Reports go to Ultralytics' logger, and as ``ampcheck.json`` into the run's ``save_dir``. The first batches of
-    training and of validation are watched; after that nothing of AmpCheck runs in a batch.
+    Reports go to Ultralytics' logger, and as ``ampcheck.json`` into the run's ``save_dir``. AmpCheck watches the first
+    batches of training and of validation; after that nothing of it runs in a batch.
 
     ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) stops training on a finding that severe. ``watch_steps`` is the number of training batches to watch.
     ``report`` is the path of the JSON report, or false for none. ``checker`` replaces all of these.
 
-    ``compare_export=True`` looks at ``model.export(...)`` too: the TorchScript or ONNX file that it wrote is compared
-    with the model that the exporter wrote it from, module by module, and what is found is reported, with a JSON report
-    beside the file. ``fail_on`` holds there too.
+    ``compare_export=True`` checks ``model.export(...)`` too: it compares the TorchScript or ONNX file with the model
+    that the exporter wrote it from, module by module, and reports the findings, with a JSON report next to the file.
+    ``fail_on`` applies there too.
 
-    Raises ``ValueError`` for an unknown code or option value, and for options given beside ``checker``.
+    Raises ``ValueError`` for an unknown code or option value, and for options passed together with ``checker``.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class AmpCheck:
     @contained
     def _teardown(self, trainer: Any) -> None:
         error = sys.exc_info()[1]
-        # One that was in flight before is no failure: somebody trains in an `except` block.
+        # An exception already in flight before is no failure: somebody trains in an `except` block.
         self._end(error if self._fit is not None and error is not self._fit.handled else None, "training_step")
 
     @contained
@@ -178,8 +178,8 @@ class AmpCheck:
 
 
 class _Fit:
-    """One training run. The callbacks of a batch are taken back as soon as nothing is left to watch; lists of callbacks
-    are replaced, not edited, because Ultralytics is iterating over them."""
+    """One training run. It takes back the callbacks of a batch as soon as nothing is left to watch, and replaces lists
+    of callbacks instead of editing them, because Ultralytics iterates over them."""
 
     def __init__(self, session: Session, trainer: Any) -> None:
         self.session = session
@@ -218,14 +218,14 @@ class _Fit:
 
     @contained
     def on_train_batch_start(self, trainer: Any) -> None:
-        # A batch that ran out of memory is tried again with fewer images, and its end was never reached.
+        # Ultralytics retries a batch that ran out of memory with fewer images; its end was never reached.
         self.session.close_step(GeneratorExit())
         self._in_line = True
         self.session.open_step(self.session.checker.training_step(batch=self.find_batch))
 
     @contained
     def on_val_batch_start(self, validator: Any) -> None:
-        # The evaluation after the last epoch is of a checkpoint, not of the model that trains.
+        # After the last epoch Ultralytics evaluates a checkpoint, not the model that trains.
         if validator.training:
             self._in_line = True
             ema = getattr(self._trainer, "ema", None)

@@ -15,13 +15,13 @@ from ampcheck.trace import Failure, OperationFailure
 
 __all__ = ["SIGNATURES", "Signature", "examine"]
 
-# Not failures of the numbers, whatever else the program was handling when they came.
+# These are no failures of precision, whatever else the program was handling when they were raised.
 _NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.cuda.OutOfMemoryError)
 
 
 def examine(exc: BaseException, *, model: nn.Module | None, phase: str, step: int | None) -> Failure:
-    """Take ``exc`` apart. ``model`` is the model that trains, if known; ``phase`` and ``step`` say where the host saw
-    the exception, and the frames may say it more exactly. Never raises."""
+    """Take ``exc`` apart. ``model`` is the model that trains, if known. ``phase`` and ``step`` say where the host saw
+    the exception; the frames may say it more exactly. Never raises."""
     try:
         return _examine(exc, model, phase, step)
     except Exception as error:  # noqa: BLE001 (the user's exception must come through whatever happens here)
@@ -50,7 +50,7 @@ def _examine(exc: BaseException, model: nn.Module | None, phase: str, step: int 
         _, signature, match = recognised
         facts = signature.facts(Scene(subject, match.groupdict(), found, root))
     if name is None and isinstance(facts, OperationFailure) and facts.operation.function is not None:
-        # In backward no frame is the module's: it is known by the tensors that it handed its function.
+        # In backward no frame belongs to the module; the tensors that it passed to its function identify it.
         name = facts.operation.function.module
     return Failure(
         type=type(exc).__name__,
@@ -66,8 +66,8 @@ def _examine(exc: BaseException, model: nn.Module | None, phase: str, step: int 
 
 
 def _recognise(exc: BaseException, model: nn.Module | None) -> tuple[BaseException, Signature, re.Match[str]] | None:
-    """The innermost exception of the chain that is known, with its signature. What was merely being handled when
-    another known failure came is not its cause."""
+    """The innermost known exception of the chain, with its signature. An exception that was only being handled when
+    another known failure was raised is not its cause."""
     known: tuple[BaseException, Signature, re.Match[str]] | None = None
     for link, explicit in chain(exc):
         if isinstance(link, _NOT_OURS):
@@ -89,11 +89,11 @@ def _recognise(exc: BaseException, model: nn.Module | None) -> tuple[BaseExcepti
 
 
 def _module(found: Sequence[Frame], root: nn.Module | None) -> tuple[str | None, str | None]:
-    """Qualified name and type of the innermost module in the frames."""
+    """The qualified name and the type of the innermost module in the frames."""
     module = next((frame.module for frame in reversed(inner(found)) if frame.module is not None), None)
     if module is None:
         return None, None
-    # What fails in evaluation may be a copy of the model that trains.
+    # In evaluation a copy of the model may fail.
     roots = [root, *(frame.module for frame in found)]
     names = (module_names(one).get(id(module)) for one in roots if one is not None)
     return next((name for name in names if name is not None), None), type(module).__name__

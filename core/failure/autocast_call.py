@@ -1,4 +1,4 @@
-"""The call of ``autocast`` that failed: what was passed, and the call that should have been written."""
+"""The call of ``autocast`` that failed: what it passed, and the corrected call."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Call:
 
 
 class _Fault(NamedTuple):
-    """What is wrong with a call, as far as the message tells."""
+    """What is wrong with a call, as far as the message says."""
 
     reason: AutocastFault
     argument: str
@@ -56,7 +56,7 @@ class _Fault(NamedTuple):
 
 
 def autocast_call(scene: Scene) -> AutocastCall:
-    """The call of ``autocast`` in the frames, and what should have been written."""
+    """The call of ``autocast`` in the frames, and its correction."""
     call = next((call for frame in user_code_first(scene.found) for call in _calls(frame)), None)
     device = _device_type(scene.found, scene.root)
     definition = _definition(call) if call is not None and call.source is not None else None
@@ -86,19 +86,19 @@ def autocast_call(scene: Scene) -> AutocastCall:
 
 
 def _value(call: _Call, argument: str) -> str | None:
-    """An argument as it stands in the call, or in what holds it."""
+    """An argument as written in the call, or in the mapping that holds it."""
     if argument in call.arguments:
         return ast.unparse(call.arguments[argument])
     return _literal(call.held[argument]) if call.held and argument in call.held else None
 
 
 def _only_the_function_is_wrong(call: _Call, fault: _Fault) -> bool:
-    """``torch.cuda.amp.autocast(**kwargs)`` with arguments that ``torch.autocast`` takes as they are."""
+    """Whether ``torch.autocast`` takes the arguments unchanged, as in ``torch.cuda.amp.autocast(**kwargs)``."""
     return call.function in DEPRECATED and fault.reason == "device-type-keyword" and call.starred is not None
 
 
 def _definition(call: _Call) -> tuple[str, ast.expr] | None:
-    """Where the mapping (or ``partial``) was written down: its file and expression, where there is but one."""
+    """Where the mapping (or ``partial``) is defined: its file and expression, if there is exactly one."""
     if isinstance(call.starred, ast.Call):
         file, values = returned(read(call.starred.func, call.frame))
         return (file, values[0]) if len(values) == 1 else None
@@ -132,14 +132,14 @@ def _fault(said: Mapping[str, str | None], call: _Call | None, entries: Mapping[
 
 def _calls(frame: Frame) -> Iterable[_Call]:
     calls = [one for node in expressions_at(frame) for one in _entered(node) if isinstance(one, ast.Call)]
-    # A line can hold several calls; the autocast-like ones come first, and one with other names must be alone.
+    # A line can hold several calls: those that look like autocast come first, and any other must be the only one.
     named = [node for node in calls if "autocast" in ast.unparse(node.func) or _is_autocast(read(node.func, frame))]
     for node in named or (calls if len(calls) == 1 else ()):
         yield _call_of(frame, node)
 
 
 def _entered(node: ast.AST) -> Sequence[ast.AST]:
-    """What a ``with`` statement enters: entering it may be what failed. Else ``node`` itself."""
+    """What a ``with`` statement enters, because entering it may have failed; else ``node`` itself."""
     return [item.context_expr for item in node.items] if isinstance(node, (ast.With, ast.AsyncWith)) else [node]
 
 
@@ -184,7 +184,7 @@ def _parameters(function: Any) -> tuple[str, ...]:
 
 
 def _device_type(found: Sequence[Frame], model: nn.Module | None) -> str:
-    """Where the model lies, else where the tensors in the frames do."""
+    """The device type of the model, else that of the tensors in the frames."""
     tensors: list[torch.Tensor] = []
     if model is not None:
         tensors += [*model.parameters()][:1]
@@ -233,8 +233,8 @@ def _as_string(node: ast.expr | None, frame: Frame, device: str) -> ast.expr:
 
 
 def _mapping(call: _Call, fault: _Fault, device: str, definition: tuple[str, ast.expr] | None) -> str:
-    """The corrected contents of the mapping (or ``partial``) that the bad argument came out of: as its author wrote
-    it where that is found, else with the values it had."""
+    """The mapping (or ``partial``) that held the bad argument, corrected: as written in the source if that is found,
+    else with the values that it had."""
     entries = _entries(definition[1]) if definition else None
     if entries is None:
         entries = {name: _expression(value) for name, value in (call.held or {}).items()}

@@ -1,4 +1,4 @@
-"""Failures of autograd, as far as their messages tell."""
+"""Failures of autograd, as far as their messages describe them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def saved_tensor_modified(scene: Scene) -> SavedTensorModified:
 
 
 def view(kind: type[View]) -> Callable[[Scene], View]:
-    """What makes the facts of a failure over a view."""
+    """A function that reads the facts of a view failure of this kind."""
     return lambda scene: kind(scene.said.get("node"), _number(scene.said.get("output")), scene.said.get("mode"))
 
 

@@ -1,6 +1,6 @@
-"""The source behind a frame: the expression that was being evaluated, and what its plain names stood for.
+"""The source behind a frame: the expression that was being evaluated, and the values of its plain names.
 
-Nothing of the user's is executed: names, attributes and items are looked up without calling anything.
+Runs no user code: names, attributes and items are looked up without calling anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ampcheck.failure.frames import Frame
 from ampcheck.source.lines import site_of
 from ampcheck.trace import Role, Site
 
-# The deprecated classes, which have their device type in the name.
+# The deprecated classes, whose names contain the device type.
 DEPRECATED: Final[dict[Any, str]] = {getattr(torch, device).amp.autocast: device for device in ("cuda", "cpu")}
 
 
@@ -44,7 +44,7 @@ def _parse(source: str) -> ast.Module | None:
 
 
 def tree_of(file: str) -> ast.Module | None:
-    """The syntax tree of a file, or ``None`` where its source cannot be had."""
+    """The syntax tree of a file, or ``None`` if its source is not available."""
     return _parse("".join(linecache.getlines(file)))
 
 
@@ -54,13 +54,13 @@ def _parents(tree: ast.Module) -> dict[ast.AST, ast.AST]:
 
 
 def parents(file: str) -> dict[ast.AST, ast.AST]:
-    """The node that each node of a file's tree is a child of."""
+    """The parent of each node in a file's tree."""
     tree = tree_of(file)
     return _parents(tree) if tree is not None else {}
 
 
 def function_at(frame: Frame) -> ast.AST | None:
-    """The innermost function (or the module) that holds the line of ``frame``."""
+    """The innermost function (or the module) that contains the line of ``frame``."""
     tree = tree_of(frame.file)
     if tree is None:
         return None
@@ -73,13 +73,13 @@ def function_at(frame: Frame) -> ast.AST | None:
 
 
 def site_in(file: str, line: int, role: Role = "call") -> Site:
-    """The site of a line of a file, with the function that holds it."""
+    """The site of a line in a file, with the function that contains it."""
     holder = function_at(Frame(file, line, ""))
     return site_of(file, line, getattr(holder, "name", "<module>"), role)
 
 
 def expressions_at(frame: Frame) -> Iterator[ast.AST]:
-    """The node that was being evaluated; where Python does not tell, all nodes that begin on the line, outermost
+    """The node that was being evaluated or, if Python does not tell, all nodes that begin on the line, outermost
     first."""
     tree = tree_of(frame.file)
     if tree is None:
@@ -103,7 +103,7 @@ def _head_covers(node: ast.stmt, line: int) -> bool:
 
 
 def read(node: ast.AST, frame: Frame) -> Any:
-    """What a plain expression stood for when the frame was left, or ``MISSING``."""
+    """The value of a plain expression when the frame was left, or ``MISSING``."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name):
@@ -146,8 +146,8 @@ def _attribute(holder: Any, name: str) -> Any:
 
 
 def assignments(frame: Frame, target: str) -> list[ast.Assign | ast.AnnAssign]:
-    """Assignments to ``target`` in the file of ``frame``: for a plain name those of its function, else of the top
-    level; for an attribute (``"self.kwargs"``) all, whatever the instance is called there."""
+    """Assignments to ``target`` in the file of ``frame``: for a plain name those in its function, else at the top
+    level; for an attribute (``"self.kwargs"``) all, by whatever name the instance has there."""
     if "." in target:
         return _assigned(tree_of(frame.file), target)
     return _assigned(function_at(frame), target) or _assigned(tree_of(frame.file), target, top_level=True)
@@ -179,7 +179,7 @@ def _is_target(node: ast.expr, target: str) -> bool:
 
 def assigned_before(frame: Frame, name: str) -> tuple[bool, ast.expr | None]:
     """The value last assigned to ``name`` when the line of ``frame`` ran: ``(True, value)``, ``(True, None)`` for an
-    argument of the function, ``(False, None)`` where branches or loops leave it open."""
+    argument of the function, ``(False, None)`` if it depends on branches or loops."""
     function = function_at(frame)
     if getattr(function, "name", "<module>") != frame.function.rpartition(".")[2]:
         return False, None
@@ -219,7 +219,7 @@ def _child_at(owner: ast.AST, line: int) -> tuple[list[ast.stmt], int] | None:
 
 
 def _binds(statement: ast.stmt, name: str) -> tuple[bool, ast.expr | None]:
-    """Whether it is settled what ``statement`` binds ``name`` to, and that value."""
+    """Whether the value that ``statement`` binds to ``name`` is certain, and that value."""
     if isinstance(statement, ast.Assign) and any(_is_name(target, name) for target in statement.targets):
         return True, statement.value
     if isinstance(statement, ast.AnnAssign) and _is_name(statement.target, name) and statement.value is not None:
@@ -247,7 +247,7 @@ def definition_of(code: CodeType) -> ast.FunctionDef | None:
     """The ``def`` that ``code`` was compiled from."""
     tree = tree_of(code.co_filename)
     for node in ast.walk(tree) if tree is not None else ():
-        # A decorated function's code begins with its first decorator.
+        # The code of a decorated function begins at its first decorator.
         if isinstance(node, ast.FunctionDef) and code.co_firstlineno == min(
             [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
         ):

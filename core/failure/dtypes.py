@@ -23,7 +23,7 @@ _NAMES = {
 
 def canonical(spelling: str | None) -> str | None:
     """``float16`` for ``Half``, ``c10::Half``, ``torch.cuda.HalfTensor``, ``CPUHalfType`` or ``torch.float16``;
-    ``None`` for what is no dtype."""
+    ``None`` for anything that is not a dtype."""
     if spelling is None:
         return None
     word = spelling.removeprefix("struct ").rpartition("::")[2].rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""The frames an exception passed through: whose they are, which phase and which module they belong to."""
+"""The frames that an exception passed through: whose code they run, in which phase and which module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Span = tuple[int, int, int, int]
 
 _SCALER = "amp/grad_scaler.py"
 
-# What Dynamo appends to an error raised while it traced the user's code, whose frames are not in the traceback.
+# Dynamo appends this to an error raised while it traced user code, whose frames are not in the traceback.
 _USER_CODE = re.compile(r'^\s+File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)', re.MULTILINE)
 
 
@@ -26,8 +26,8 @@ _USER_CODE = re.compile(r'^\s+File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P
 class Frame:
     """One frame of a traceback, or one that Dynamo quotes (then without variables).
 
-    ``span`` is the expression that was being evaluated: line, end line, column and end column (UTF-8 bytes), where
-    Python tells (3.11 and later). It lives only while a failure is examined.
+    ``span`` is the expression that was being evaluated: line, end line, column and end column (UTF-8 bytes), if Python
+    tells (3.11 and later). A frame lives only while a failure is examined.
     """
 
     file: str
@@ -55,8 +55,8 @@ class Frame:
 
 
 class Scene(NamedTuple):
-    """What the facts of a failure are read from: the exception that matters, what its message says (the groups of the
-    signature that it matches), its frames, and the model, or the outermost module in them."""
+    """The source of a failure's facts: the exception that matters, what its message says (the groups of the signature
+    that it matches), its frames, and the model or the outermost module in the frames."""
 
     exc: BaseException
     said: Mapping[str, str | None]
@@ -65,7 +65,7 @@ class Scene(NamedTuple):
 
 
 def chain(exc: BaseException) -> Iterator[tuple[BaseException, bool]]:
-    """``exc`` and what led to it, outermost first; the flag is false where the link is only *during handling of*."""
+    """``exc`` and the exceptions that led to it, outermost first; the flag is false for a link by *during handling*."""
     seen: set[int] = set()
     current: BaseException | None = exc
     explicit = True
@@ -79,8 +79,8 @@ def chain(exc: BaseException) -> Iterator[tuple[BaseException, bool]]:
 
 
 def _rewrapped(exc: BaseException) -> bool:
-    """Dynamo wraps what it caught without saying ``from``, and a framework may raise it again in its own words as
-    the same type, ``from None``: the text holds the original's."""
+    """Whether the text of ``exc`` contains that of its context. Dynamo wraps exceptions without ``from``, and a
+    framework may raise one again in its own words as the same type, ``from None``."""
     inner = exc.__context__
     if inner is None or not str(inner).strip():
         return False
@@ -89,7 +89,7 @@ def _rewrapped(exc: BaseException) -> bool:
 
 
 def frames_of(exc: BaseException, model: nn.Module | None) -> tuple[Frame, ...]:
-    """The frames ``exc`` passed through, outermost first, without AmpCheck's own."""
+    """The frames that ``exc`` passed through, outermost first, without AmpCheck's own."""
     found: list[Frame] = []
     traceback = exc.__traceback__
     while traceback is not None:
@@ -102,7 +102,7 @@ def frames_of(exc: BaseException, model: nn.Module | None) -> tuple[Frame, ...]:
 
 
 def still_running(exc: BaseException) -> tuple[Frame, ...]:
-    """The frames that called the code ``exc`` passed through and have not ended, outermost first."""
+    """The frames that called the code that ``exc`` passed through and are still running, outermost first."""
     outermost = exc.__traceback__.tb_frame.f_back if exc.__traceback__ is not None else None
     return tuple(_frame(one, one.f_lineno, one.f_lasti) for one in callers(outermost))[::-1]
 
@@ -126,7 +126,7 @@ def _frame(running: FrameType, line: int, lasti: int) -> Frame:
 
 
 def _is_method(code: CodeType, kind: type) -> bool:
-    """Whether ``code`` is that of a method of ``kind``, under whatever decorators keep ``__wrapped__``."""
+    """Whether ``code`` belongs to a method of ``kind``, also under decorators that keep ``__wrapped__``."""
     for base in kind.__mro__:
         method = vars(base).get(code.co_name)
         while method is not None:
@@ -159,7 +159,7 @@ def sites(found: Sequence[Frame]) -> tuple[Site, ...]:
 
 def phase_of(found: Sequence[Frame], given: str) -> str:
     """What the step was doing: ``forward``, ``backward``, ``scale``, ``unscale``, ``clip``, ``step``, ``update``; or
-    ``given``, where the frames say nothing and it is not a training step."""
+    ``given``, if the frames say nothing and it is not a training step."""
     in_module = False
     for frame in reversed(found):
         if frame.in_torch("autograd/__init__.py") or frame.in_torch("autograd/graph.py"):
@@ -186,14 +186,14 @@ def inner(found: Sequence[Frame]) -> Sequence[Frame]:
 
 
 def root_of(found: Sequence[Frame], model: nn.Module | None) -> nn.Module | None:
-    """The model, or the outermost module in the frames where none was given."""
+    """The model or, if none was passed, the outermost module in the frames."""
     if model is not None:
         return model
     return next((frame.module for frame in found if frame.module is not None), None)
 
 
 def user_code_first(found: Sequence[Frame]) -> Iterator[Frame]:
-    """User frames innermost first, then those of libraries other than PyTorch."""
+    """User frames, innermost first, then those of libraries other than PyTorch."""
     inward = found[::-1]
     yield from (frame for frame in inward if not frame.library)
     yield from (frame for frame in inward if frame.library and not is_torch(frame.file))

@@ -1,4 +1,4 @@
-"""The operands of the operation that failed, read from the frames: name, dtype, shape, device, and who made them."""
+"""The operands of the failed operation, read from the frames: name, dtype, shape, device, and what made them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ampcheck.precision import FLOATING
 from ampcheck.trace import FailedOperand, Producer
 
 _CASTS = {"float": "float32", "half": "float16", "bfloat16": "bfloat16", "double": "float64"}
-# Calls that change neither dtype nor device; the second do change the shape.
+# Calls that change neither dtype nor device; those in the second set do change the shape.
 _KEEP = frozenset({"contiguous", "detach", "clone"})
 _RESHAPE = frozenset({"expand", "flatten", "permute", "reshape", "squeeze", "t", "transpose", "unsqueeze", "view"})
-# PyTorch's own frames that only pass a call on.
+# PyTorch's own functions that only pass a call on.
 _PASSING = re.compile(
     r"/torch/(?:nn/modules/module|utils/_contextlib|amp/autocast_mode|overrides|_ops|_library/\w+)\.py$"
 )
@@ -29,7 +29,7 @@ _PASSING = re.compile(
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor, or what is known of one that a cast in the failing expression made."""
+    """A tensor, or what is known about one that a cast in the failing expression made."""
 
     dtype: str
     shape: tuple[int, ...] | None
@@ -41,7 +41,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Operation:
-    """The operation that failed: its syntax node, the frame it was evaluated at, and its tensors."""
+    """The failed operation: its syntax node, the frame that evaluated it, and its tensors."""
 
     frame: Frame
     node: ast.AST
@@ -53,8 +53,8 @@ class Operation:
 
 
 def find_operation(found: Sequence[Frame], dtypes: set[str]) -> Operation | None:
-    """The innermost operation in the frames that has tensors of the ``dtypes`` the message names (where it names
-    any), else the innermost one with a tensor."""
+    """The innermost operation in the frames that has tensors of the ``dtypes`` in the message (if it names any), else
+    the innermost one with a tensor."""
     fallback: Operation | None = None
     for frame in reversed(found):
         if _PASSING.search(frame.file):
@@ -107,14 +107,14 @@ def _tensors(node: ast.AST, frame: Frame) -> Iterator[Value]:
 
 
 def _infer(node: ast.expr, frame: Frame, role: str | None = None) -> Iterator[Value]:
-    """The tensors an operand expression stood for, without evaluating it."""
+    """The tensors that an operand expression stood for, found without evaluating it."""
     if isinstance(node, ast.Starred):
         yield from _infer(node.value, frame, role)
     elif isinstance(node, (ast.Tuple, ast.List)):
         for element in node.elts:
             yield from _infer(element, frame, role)
     elif isinstance(node, ast.Subscript) and not isinstance(read(node, frame), torch.Tensor):
-        # What an index takes out of a tensor has the tensor's dtype.
+        # Indexing a tensor keeps its dtype.
         for value in _infer(node.value, frame, role):
             yield replace(value, shape=None, expression=ast.unparse(node))
     elif isinstance(node, ast.Call):
@@ -124,7 +124,7 @@ def _infer(node: ast.expr, frame: Frame, role: str | None = None) -> Iterator[Va
     elif isinstance(node, ast.UnaryOp):
         yield from _infer(node.operand, frame, role)
     elif isinstance(node, ast.BinOp):
-        # With a number it keeps a floating dtype.
+        # Arithmetic with a number keeps a floating dtype.
         for side, other in ((node.left, node.right), (node.right, node.left)):
             if type(read(other, frame)) in (int, float):
                 for value in _infer(side, frame, role):
@@ -183,7 +183,7 @@ class Naming:
         self._found = found
 
     def owned(self, tensor: torch.Tensor | None) -> str | None:
-        """The qualified name of the parameter or buffer that ``tensor`` is, or is a view of."""
+        """The qualified name of ``tensor`` if it is a parameter or buffer, or a view of one."""
         if tensor is None:
             return None
         base = tensor._base
@@ -204,7 +204,7 @@ class Naming:
 
 
 def operand_of(value: Value, naming: Naming, found: Sequence[Frame]) -> FailedOperand:
-    """What is known of a tensor, and what made it where the frames tell."""
+    """What is known about a tensor, and what made it, if the frames tell."""
     owned, variable = naming.owned(value.tensor), naming.variable(value.tensor)
     cast = value.tensor is not None and dtype_name(value.tensor.dtype) != value.dtype
     operand = FailedOperand(
@@ -225,8 +225,8 @@ def operand_of(value: Value, naming: Naming, found: Sequence[Frame]) -> FailedOp
 
 
 def _producer(tensor: torch.Tensor, naming: Naming, found: Sequence[Frame]) -> Producer | None:
-    """The module call or the expression that made ``tensor``, and its line, followed outward from the crash through the
-    frames that were handed it; ``None`` where the source does not settle it."""
+    """The module call or the expression that made ``tensor``, and its line, followed from the crash outward through the
+    frames that got it as an argument; ``None`` if the source leaves it open."""
     for frame in reversed(found):
         if _PASSING.search(frame.file):
             continue
@@ -263,7 +263,7 @@ def _holds(value: Any, tensor: torch.Tensor) -> bool:
 
 
 def _passed_call(frame: Frame) -> ast.Call | None:
-    """``b(x)`` in ``a(b(x))``, where that is the only argument."""
+    """``b(x)`` in ``a(b(x))``, if that is the only argument."""
     for node in expressions_at(frame):
         if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
             inner = node.args[0]
@@ -286,7 +286,7 @@ def own_tensors(found: Sequence[Frame], naming: Naming, dtypes: set[str]) -> lis
 
 
 def from_message(said: Mapping[str, str | None], dtypes: Mapping[str, str], *, written: bool) -> list[FailedOperand]:
-    """The operands as far as the message alone tells. ``written``: it is of a write, whose target it names first."""
+    """The operands as far as the message alone tells. ``written``: it is about a write and names the target first."""
     told = [(group, dtypes[group]) for group in "cab" if group in dtypes]
     names: tuple[str, ...] = (
         ("the target", "the source") if written else ("one operand", "another operand", "a third operand")

@@ -1,4 +1,4 @@
-"""The operation that failed of the dtypes it was given: from the message and the frames to what it was given."""
+"""The operation that failed on the dtypes of its operands, read from the message and the frames."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _REPLICA = re.compile(r"^Caught \w+ in replica \d+ on device")
 
 
 def dtype_mismatch(scene: Scene) -> DtypeMismatch | InPlaceDtype | None:
-    """``None`` where the frames show that it is another fault, which PyTorch words alike."""
+    """The facts of a dtype mismatch; ``None`` if the frames show another fault with the same message."""
     dtypes = _dtypes(scene)
     told = set(dtypes.values())
     if told and ((len(told) == 1 and {"a", "b"} <= dtypes.keys()) or told - FLOATING):
-        # The same dtype twice is a mix-up of devices; integers are no matter of precision.
+        # The same dtype twice means that the devices differ; integers have nothing to do with precision.
         return None
     promotes = scene.said.get("promotes") is not None
     operation = _operation(scene)
@@ -45,7 +45,7 @@ def dtype_mismatch(scene: Scene) -> DtypeMismatch | InPlaceDtype | None:
 
 
 def in_place_dtype(scene: Scene) -> InPlaceDtype | None:
-    """``None`` where the frames show that it is another fault."""
+    """The facts of a write with different dtypes; ``None`` if the frames show another fault."""
     operation = _operation(scene, written=True)
     return None if not operation.dtypes and _agree(operation) else InPlaceDtype(operation)
 
@@ -63,20 +63,20 @@ def custom_function_state(scene: Scene) -> CustomFunctionState:
 
 
 def _dtypes(scene: Scene) -> dict[str, str]:
-    """The dtypes that the message names, by the group of the signature."""
+    """The dtypes that the message names, by group of the signature."""
     named = {group: canonical(scene.said.get(group)) for group in "abc"}
     return {group: dtype for group, dtype in named.items() if dtype is not None}
 
 
 def _agree(operation: FailedOperation) -> bool:
-    """Whether the operands that were found are of one dtype, or nobody knows what was done with them."""
+    """Whether the operands have one dtype, or whether it is not known what was done with them."""
     seen = {operand.dtype for operand in operation.operands}
     return bool(seen) and (len(seen) < 2 or operation.expression is None)
 
 
 def _operation(scene: Scene, *, written: bool = False) -> FailedOperation:
-    """The innermost operation with tensors of the dtypes that the message names. ``written``: it is a write, which may
-    be to integers."""
+    """The innermost operation with tensors of the dtypes that the message names. ``written``: it is a write, possibly
+    to integers."""
     found, dtypes = scene.found, _dtypes(scene)
     told = set(dtypes.values())
     within = inner(found)

@@ -1,4 +1,4 @@
-"""Failures of a gradient scaler, by what its frames know: its optimizer, and the state of the gradients."""
+"""Failures of a gradient scaler, read from its frames: its optimizer, and the state of the gradients."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _DISORDERS: dict[str, Disorder] = {
 
 
 def _optimizer_of(found: Sequence[Frame]) -> torch.optim.Optimizer | None:
-    """The optimizer the innermost scaler frame was handed."""
+    """The optimizer that was passed to the innermost scaler frame."""
     for frame in reversed(found):
         if frame.in_torch("amp/grad_scaler.py"):
             optimizer = frame.names.get("optimizer")
-            # Hosts hand in wrappers of their own, which keep the groups of the optimizer inside.
+            # Hosts pass their own wrappers, which keep the optimizer's groups.
             if hasattr(optimizer, "param_groups"):
                 return optimizer
     return None
 
 
 def low_precision_gradients(scene: Scene) -> LowPrecisionGradients:
-    """Every parameter of the optimizer whose gradient is float16, and the line that made them so."""
+    """Every parameter of the optimizer with a float16 gradient, and the line that cast them."""
     optimizer = _optimizer_of(scene.found)
     if optimizer is None:
         return LowPrecisionGradients()
@@ -61,9 +61,9 @@ def low_precision_gradients(scene: Scene) -> LowPrecisionGradients:
 
 
 def _casting_site(found: Sequence[Frame], root: nn.Module | None, parameters: Sequence[torch.Tensor]) -> Site | None:
-    """The one call in the user's source that made a module with one of ``parameters`` float16: on the way to the
-    running line of a function, else in the ``__init__`` of one of the model's modules. What stands under a condition
-    counts where it holds, as far as that can be told. ``None`` where there is none, or several."""
+    """The one call in the user's source that made a module with one of ``parameters`` float16: before the running line
+    of a function, else in the ``__init__`` of one of the model's modules. A call under a condition counts if the
+    condition holds, as far as that is known. ``None`` if there is no such call, or more than one."""
     low = {id(parameter) for parameter in parameters}
     users = [(function_at(frame), frame) for frame in found if not frame.library]
     running = [([cast for cast in _casts(at, frame) if cast.line < frame.line], frame) for at, frame in users]
@@ -72,7 +72,7 @@ def _casting_site(found: Sequence[Frame], root: nn.Module | None, parameters: Se
 
 
 def _methods(root: nn.Module | None) -> Iterator[tuple[list[_Cast], Frame]]:
-    """The casts in the ``__init__`` of the user's classes, with every module of them."""
+    """The casts in the ``__init__`` of each user class, with every module of that class."""
     of_kind: dict[type, list[_Cast]] = {}
     for module in root.modules() if root is not None else ():
         kind = type(module)
@@ -101,8 +101,8 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class _Cast(NamedTuple):
-    """A call of ``half()`` or ``to(...)``: what it may be called on (``net = Net().half()`` is known by its name), and
-    what may be a dtype; ``None`` for ``half()``."""
+    """A call of ``half()`` or ``to(...)``: what it may be called on (the name, in ``net = Net().half()``), and what may
+    be the dtype; ``None`` for ``half()``."""
 
     line: int
     targets: tuple[ast.expr, ...]
@@ -149,7 +149,7 @@ def _init_of(file: str, name: str) -> ast.AST | None:
 
 
 def missing_gradients(scene: Scene) -> MissingGradients:
-    """The optimizer's parameters by why they have no gradient, and how many of the model's have one."""
+    """The optimizer's parameters by the reason why they have no gradient, and how many others have one."""
     optimizer, root = _optimizer_of(scene.found), scene.root
     if optimizer is None:
         return MissingGradients()
@@ -176,7 +176,7 @@ def missing_gradients(scene: Scene) -> MissingGradients:
 
 
 def scaler_argument(scene: Scene) -> ScalerArgument:
-    """The argument that a scaler does not take, or its ``init_scale`` where a device was meant."""
+    """The argument that a scaler does not take, or its ``init_scale`` that should be a device."""
     unexpected = scene.said.get("unexpected")
     if unexpected is not None:
         if unexpected == "Closure":
@@ -222,7 +222,7 @@ def _corrected(call: ast.Call, keyword: str) -> str:
 
 
 def scaler_order(scene: Scene) -> ScalerOrder:
-    """Which calls came in the wrong order, and the optimizer that the scaler was asked to work on."""
+    """Which calls came in the wrong order, and the optimizer that they were for."""
     optimizer = _optimizer_of(scene.found)
     reason = next(_DISORDERS[group] for group, text in scene.said.items() if text)
     return ScalerOrder(reason, type(optimizer).__name__ if optimizer is not None else None)

@@ -1,4 +1,4 @@
-"""The failures AmpCheck knows, by type and message, over the wordings of torch 2.4 and later."""
+"""The failures that AmpCheck knows, by type and message, in the wordings of torch 2.4 and later."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ Examine = Callable[[Scene], "Facts | None"]
 
 @dataclass(frozen=True)
 class Signature:
-    """How a kind of failure is recognised, and what reads its facts, given what the named groups of ``pattern``
-    caught: ``None`` where the frames show that it is another fault. ``through`` is a file of PyTorch that the exception
-    must have passed through, for messages that say nothing of themselves."""
+    """How to recognise a kind of failure, and the function that reads its facts with the named groups of ``pattern``
+    (``None``: the frames show another fault). ``through`` is a file of PyTorch that the exception must have passed
+    through, for messages that say too little."""
 
     facts: Examine
     types: tuple[type[BaseException], ...]
@@ -56,7 +56,7 @@ def _signature(
 
 
 def _alone(kind: Callable[[], Facts]) -> Examine:
-    """Of a failure of which nothing is known but its kind."""
+    """A reader for a failure about which only its kind is known."""
     return lambda scene: kind()
 
 
@@ -68,7 +68,7 @@ _VALUE_OR_RUNTIME = (ValueError, RuntimeError)
 _T = r"(?:struct )?[\w.:]+"
 
 AUTOCAST_ARGUMENT = (
-    # Dynamo binds the arguments itself: "TypeError: missing a required argument: 'device_type'".
+    # Dynamo binds the arguments itself, with other words: "missing a required argument: 'device_type'".
     _signature(
         autocast_call,
         _TYPE_OR_RUNTIME,

@@ -1,5 +1,5 @@
-"""What stood around the operation that failed: autocast regions, custom functions, other threads, and the
-dispatcher's rule for the op."""
+"""What surrounded the failed operation: autocast regions, custom functions, other threads, and the dispatcher's rule
+for the op."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "Autocast
 
 
 def autocast_regions(found: Sequence[Frame]) -> tuple[list[SourceRegion], bool]:
-    """The autocast regions whose ``with`` block (or decorator) holds the crash, innermost first. The flag says whether
-    a context manager was among them of which the source does not tell what it does."""
+    """The autocast regions whose ``with`` block (or decorator) contains the crash, innermost first. The flag says
+    whether there was also a context manager whose effect on autocast the source does not show."""
     regions: list[SourceRegion] = []
     opaque = False
     for frame in reversed(found):
@@ -66,7 +66,7 @@ def autocast_regions(found: Sequence[Frame]) -> tuple[list[SourceRegion], bool]:
 
 
 def _items_around(frame: Frame) -> Iterator[tuple[ast.expr, int]]:
-    """The context expressions of the ``with`` statements whose body holds the line, innermost first."""
+    """The context expressions of the ``with`` statements whose body contains the line, innermost first."""
     above = parents(frame.file)
     holding = [
         node
@@ -81,7 +81,7 @@ def _items_around(frame: Frame) -> Iterator[tuple[ast.expr, int]]:
 
 
 def _same_function(node: ast.AST, frame: Frame, above: dict[ast.AST, ast.AST]) -> bool:
-    """Whether ``node`` is a statement of the function that ``frame`` runs, rather than around it."""
+    """Whether ``node`` is a statement inside the function that ``frame`` runs, not around it."""
     name = frame.function.rpartition(".")[2]
     holder = node
     while not isinstance(holder, (*_FUNCTIONS, ast.Module)) and holder in above:
@@ -139,7 +139,7 @@ def _leaves_autocast_alone(item: ast.expr, frame: Frame) -> bool:
 
 
 def custom_function(found: Sequence[Frame], naming: Naming) -> CustomFunction | None:
-    """The innermost ``autograd.Function`` whose ``forward`` or ``backward`` the crash is in."""
+    """The innermost ``autograd.Function`` with the crash in its ``forward`` or ``backward``."""
     codes = {
         code: (function, method)
         for function in _functions(Function)
@@ -152,7 +152,7 @@ def custom_function(found: Sequence[Frame], naming: Naming) -> CustomFunction | 
         if held is None:
             continue
         code, function, method = held
-        # Classes may share a method's code; the context knows which of them was applied.
+        # Classes may share a method's code; the context knows which class was applied.
         function = getattr(frame.names.get(code.co_varnames[0]), "_forward_cls", function)
         decorated = index > 0 and found[index - 1].in_torch("amp/autocast_mode.py")
         cast = found[index - 1].names.get("cast_inputs") if decorated else None
@@ -226,7 +226,7 @@ def _is_decorated(function: type, method: str) -> bool:
 
 
 def crossed_thread(found: Sequence[Frame]) -> int | None:
-    """The index of the last frame with which a thread began, or ``None``."""
+    """The index of the last frame that started a thread, or ``None``."""
     for index in range(len(found) - 1, -1, -1):
         name = PurePath(found[index].file).as_posix()
         if is_library(found[index].file) and name.endswith(("/threading.py", "/concurrent/futures/thread.py")):
@@ -235,8 +235,8 @@ def crossed_thread(found: Sequence[Frame]) -> int | None:
 
 
 class Operator(NamedTuple):
-    """An op as the dispatcher knows it: its name (``aten::conv2d``), whether it is not PyTorch's own, whether autocast
-    has a rule for it on the operands' device (``None``: not to be told), and where it writes to."""
+    """An op as the dispatcher knows it: its name (``aten::conv2d``), whether it comes from outside PyTorch, whether
+    autocast has a rule for it on the operands' device (``None``: unknown), and where it writes to."""
 
     op: str | None = None
     custom: bool = False

@@ -150,7 +150,7 @@ def remedy(trace: Trace, stale: StaleTensor) -> Remedy:
     if write is None or write.site is None:
         return Remedy()
     if stale.name:
-        # A write to a parameter is meant.
+        # A write to a parameter is intended.
         return Remedy(
             f"Move the write to {stale.name} at {write.site} after the `backward()` that uses it, inside `with "
             "torch.no_grad():`."

@@ -16,12 +16,12 @@ def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
     """An operation got tensors of different dtypes, and autocast did not cast them.
 
     What it does
-        Takes the error apart: the module, the operation, each operand with its dtype, its shape and the line or module
-        that made it, and the reason why autocast did not cast. Autocast was off here, or never entered, or entered for
-        another device; a parameter is not float32; an operand is float64, which autocast never casts; autocast had
-        cached a cast to another region's dtype; the policy of a sharded model casts one operand and not the other; the
-        code is in a custom `autograd.Function`; or the operation writes in place, ran in another thread, or has no
-        autocast rule. If none of these can be shown, the reason is unknown.
+        Names the module, the operation, each operand with its dtype, its shape and the line or module that made it,
+        and the reason why autocast did not cast: it was off here, was never entered, or was entered for another device;
+        a parameter is not float32; an operand is float64, which autocast never casts; autocast had cached a cast to
+        another region's dtype; the policy of a sharded model casts one operand and not the other; the code is in a
+        custom `autograd.Function`; or the operation writes in place, ran in another thread, or has no autocast rule.
+        If none of these can be shown, the reason is unknown.
 
     Why is this bad?
         The step fails. PyTorch's message names two dtypes, but no module, no tensor and no reason. Casting the wrong

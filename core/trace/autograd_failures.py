@@ -1,4 +1,4 @@
-"""Failures of autograd. ``node`` and ``output`` are those the message names: ``Relu``, output 0."""
+"""Failures of autograd. ``node`` and ``output`` are those that the message names: ``Relu``, output 0."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class SavedTensorModified:
-    """A saved tensor was written to before backward used it."""
+    """A saved tensor was modified before backward used it."""
 
     node: str | None = None
     output: int | None = None
@@ -20,12 +20,12 @@ class SavedTensorModified:
 
 @dataclass(frozen=True)
 class LeafModified:
-    """A leaf that requires grad was written to."""
+    """A leaf that requires grad was modified in place."""
 
 
 @dataclass(frozen=True)
 class ViewFailure:
-    """A view that autograd cannot follow a write through. ``mode`` is the grad mode it was made in."""
+    """A write to a view that autograd cannot track. ``mode`` is the grad mode that the view was made in."""
 
     node: str | None = None
     output: int | None = None
@@ -34,37 +34,37 @@ class ViewFailure:
 
 @dataclass(frozen=True)
 class LeafViewModified(ViewFailure):
-    """A view of a leaf was written to."""
+    """A view of a leaf was modified in place."""
 
 
 @dataclass(frozen=True)
 class MultiViewModified(ViewFailure):
-    """One of several views that a function returned at once was written to."""
+    """One of several views that a function returned at once was modified in place."""
 
 
 @dataclass(frozen=True)
 class CustomFunctionViewModified(ViewFailure):
-    """A view that a custom function returned was written to."""
+    """A view that a custom function returned was modified in place."""
 
 
 @dataclass(frozen=True)
 class NoGradViewModified(ViewFailure):
-    """A view made without gradients was written to."""
+    """A view made without gradients was modified in place."""
 
 
 @dataclass(frozen=True)
 class ViewedBaseModified(ViewFailure):
-    """The base of a view, or another view of it, was written to."""
+    """The base of a view, or another view of that base, was modified in place."""
 
 
 @dataclass(frozen=True)
 class BackwardHookView(ViewFailure):
-    """A tensor that a full backward hook wraps was written to."""
+    """A tensor that a full backward hook wraps was modified in place."""
 
 
 @dataclass(frozen=True)
 class InferenceTensor:
-    """A tensor made under ``inference_mode`` was to be saved for backward, was written to, or was to require grad."""
+    """Autograd was asked to save, modify or track a tensor made under ``inference_mode``."""
 
     use: Literal["saved", "written", "leaf"]
 
@@ -76,11 +76,11 @@ class GraphFreed:
 
 @dataclass(frozen=True)
 class NoGraph:
-    """Backward was run on a tensor without a graph: the one at ``element``."""
+    """Backward ran on a tensor without a graph: the one at ``element``."""
 
     element: int = 0
 
 
 @dataclass(frozen=True)
 class InternalOverlap:
-    """A write to elements that share memory with each other, or with what is read."""
+    """A write to elements that share memory with each other, or with the input that the op reads."""

@@ -22,8 +22,8 @@ Reason = Literal[
 
 @dataclass(frozen=True)
 class Tolerance:
-    """By how much tensors of ``dtype`` may differ: ``absolute + relative * the largest value of the eager tensor``.
-    ``source`` says whose practice that is."""
+    """How much tensors of ``dtype`` may differ: ``absolute + relative * the largest value of the eager tensor``.
+    ``source`` says where the numbers come from."""
 
     dtype: str
     relative: float
@@ -36,9 +36,9 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class OutputError:
-    """An output of the model, and the largest difference over all inputs tried: ``absolute``, and ``relative`` to
-    the largest value of the eager output. ``inputs`` are those it was largest on. Infinite: another shape, or
-    non-finite values in one of the two alone."""
+    """An output of the model, and its largest difference over all inputs tried: ``absolute``, and ``relative`` to
+    the largest value of the eager output. ``inputs`` are those with the largest difference. Infinite: the shapes
+    differ, or only one of the two has non-finite values."""
 
     output: str
     dtype: str
@@ -51,8 +51,7 @@ class OutputError:
 
 @dataclass(frozen=True)
 class ModuleError:
-    """A call of a module, and how far its outputs differ. ``inputs_equal``: what it was given agreed (``None``: not
-    to be told)."""
+    """A call of a module, and how far its outputs differ. ``inputs_equal``: its inputs agreed (``None``: unknown)."""
 
     module: str
     type: str
@@ -99,7 +98,7 @@ class CapturedCasts:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why an export differs, or will: a fact found in the graph or by running both."""
+    """Why an export differs, or will differ: a fact found in the graph or by running both models."""
 
     reason: Reason
     module: str | None
@@ -110,9 +109,9 @@ class Cause:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model in two forms, run on the same inputs. ``modules`` are in the order their calls ended, for the inputs
-    that differ most; ``unseen`` says why there are none. ``rounding`` is set where the difference is one of
-    low-precision rounding: both are as far from float32 as each other (the two relative errors)."""
+    """A model in two forms, run on the same inputs. ``modules`` are in the order in which their calls ended, for the
+    inputs that differ most; ``unseen`` says why there are none. ``rounding`` is set if low-precision rounding causes
+    the difference: both are equally far from float32 (the two relative errors)."""
 
     first: str
     second: str
@@ -139,8 +138,8 @@ class Comparison:
 
     @property
     def culprit(self) -> str | None:
-        """The first module that makes the difference: its inputs agree and its outputs do not. Where the first
-        module that differs was already given something else, that is the module around it."""
+        """The first module that makes the difference: its inputs agree and its outputs do not. If the inputs of the
+        first module that differs already differ, it is the module around that one."""
         first = self.first_module
         if first is None or first.inputs_equal is not False:
             return first.module if first else None

@@ -1,4 +1,4 @@
-"""Failures of dtypes: operations that died of the tensors they were given, and the call of ``autocast`` itself."""
+"""Dtype failures: operations that failed on the dtypes of their operands, and calls of ``autocast`` that failed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ AutocastFault = Literal[
 
 @dataclass(frozen=True)
 class AutocastCall:
-    """A call of ``autocast`` that failed for ``argument``. ``corrected`` is what to write in its place: the call, or
-    with ``replaces`` the mapping (or ``partial``) that held the argument.
+    """A call of ``autocast`` that failed because of ``argument``. ``corrected`` is what to write instead: the call or,
+    by ``replaces``, the mapping (or ``partial``) that held the argument.
 
-    ``allowed`` are the arguments it takes, ``type`` is that of a value which must be of another one, ``device`` what
-    the message calls unknown. ``call`` and ``site`` are the call in the source, ``value`` the argument as it stands
-    there, ``deprecated`` the old name it was called by; ``kwargs_variable`` names the mapping, and ``kwargs_site`` is
-    where it was written.
+    ``allowed`` are the arguments that it takes, ``type`` is the wrong type of a value, ``device`` what the message
+    calls unknown. ``call`` and ``site`` are the call in the source, ``value`` is the argument as written there, and
+    ``deprecated`` the old name of the function. ``kwargs_variable`` names the mapping, and ``kwargs_site`` is where it
+    was written.
     """
 
     reason: AutocastFault
@@ -47,7 +47,7 @@ class AutocastCall:
 
 @dataclass(frozen=True)
 class Producer:
-    """What made a tensor: the call of ``module`` or, where that is ``None``, the expression ``code``."""
+    """What made a tensor: the call of ``module`` or, if that is ``None``, the expression ``code``."""
 
     module: str | None
     code: str
@@ -56,11 +56,11 @@ class Producer:
 
 @dataclass(frozen=True)
 class FailedOperand:
-    """A tensor that the operation was given. ``name`` is the qualified name of the parameter or buffer it is (by
-    ``stored``), else the user's variable or expression, else a word of the message.
+    """An operand of the failed operation. ``name`` is the qualified name of a parameter or buffer (``stored`` says
+    which), else the user's variable or expression, else a word of the message.
 
-    ``device`` is ``None`` where the message alone tells of it, ``role`` the name of the argument, ``expression`` the
-    cast in the failing line that gave it its dtype. ``library`` says that it is known inside installed code alone.
+    ``device`` is ``None`` if only the message mentions the operand. ``role`` is the name of the argument,
+    ``expression`` the cast in the failing line that gave it its dtype. ``library``: only installed code names it.
     """
 
     name: str
@@ -80,7 +80,7 @@ class FailedOperand:
 
 @dataclass(frozen=True)
 class SourceRegion:
-    """An autocast region around the crash as the source tells of it. ``None``: it does not."""
+    """An autocast region around the crash, as the source shows it. ``None``: the source does not show it."""
 
     device_type: str | None
     enabled: bool | None
@@ -89,8 +89,8 @@ class SourceRegion:
 
 @dataclass(frozen=True)
 class CustomFunction:
-    """A custom ``autograd.Function``. ``method`` is the one that failed and ``module`` the one whose tensors it works
-    on, where the frames tell."""
+    """A custom ``autograd.Function``. ``method`` is the one that failed, ``module`` the module whose tensors it works
+    on, if the frames tell."""
 
     name: str
     method: Literal["forward", "backward"] | None = None
@@ -105,13 +105,13 @@ class CustomFunction:
 
 @dataclass(frozen=True)
 class FailedOperation:
-    """An operation that died of the dtypes it was given. ``dtypes`` are those the message names, ``producers`` the
-    lines that made what it was given.
+    """An operation that failed on the dtypes of its operands. ``dtypes`` are those that the message names,
+    ``producers`` the lines that made the operands.
 
-    ``op`` is its name in the dispatcher or in the message, ``expression`` the source; ``custom`` says that it is not
-    PyTorch's own, ``autocast_rule`` whether autocast has one for it (``None``: not to be told), ``in_place`` and
-    ``out`` where it writes to. ``regions`` are the autocast regions around it in the source, innermost first, where
-    ``opaque_regions`` says that another context manager may be one too; ``thread``, that it ran in another thread.
+    ``op`` is its name in the dispatcher or in the message, ``expression`` the source. ``custom``: it is not PyTorch's
+    own. ``autocast_rule``: autocast has a rule for it (``None``: unknown). ``in_place`` and ``out`` say where it writes
+    to. ``regions`` are the autocast regions around it in the source, innermost first; ``opaque_regions``: another
+    context manager there may be one too. ``thread``: it ran in another thread.
     """
 
     dtypes: tuple[str, ...] = ()
@@ -131,21 +131,21 @@ class FailedOperation:
 
 @dataclass(frozen=True)
 class OperationFailure:
-    """A failure that one operation is to blame for."""
+    """A failure that one operation caused."""
 
     operation: FailedOperation
 
 
 @dataclass(frozen=True)
 class DtypeMismatch(OperationFailure):
-    """Operands of different dtypes met. ``promotes``: autocast itself refused to bring them to one dtype."""
+    """Operands had different dtypes. ``promotes``: autocast itself refused to bring them to one dtype."""
 
     promotes: bool = False
 
 
 @dataclass(frozen=True)
 class InPlaceDtype(OperationFailure):
-    """The target and the source of a write differ in dtype."""
+    """The target and the source of a write have different dtypes."""
 
 
 @dataclass(frozen=True)

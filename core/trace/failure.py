@@ -66,20 +66,20 @@ Facts = (
     | NoGraph
     | InternalOverlap
 )
-"""What is known of a failure, by its kind."""
+"""What is known about a failure, by its kind."""
 
 
 def described(error: BaseException) -> str:
-    """An exception in one string, by which the facts that belong to it are told from those of another."""
+    """An exception as one string, which tells its facts from those of another exception."""
     return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception, taken apart. ``facts`` are what its message and its frames say, for a kind of failure that is
-    known; ``chain`` holds ``(type, message)`` of it and of its causes, outermost first; ``sites`` the frames of the
-    innermost one that matters, innermost first, user frames before library frames. ``internal_error`` is an exception
-    of our own that kept it from being taken apart."""
+    """An exception, taken apart. ``facts`` are what its message and its frames say, if the kind of failure is known.
+    ``chain`` holds ``(type, message)`` of it and of its causes, outermost first; ``sites`` the frames of the innermost
+    one that matters, innermost first, user frames before library frames. ``internal_error`` is AmpCheck's own exception
+    while it took this one apart."""
 
     type: str
     message: str
@@ -94,7 +94,7 @@ class Failure:
 
     @property
     def of_the_graph(self) -> bool:
-        """Whether its cause lies in what was called before: its lines are known to a log of the step alone."""
+        """Whether its cause lies in earlier calls, so that only a log of the step knows the lines."""
         return isinstance(
             self.facts, (SavedTensorModified, MultiViewModified, ViewedBaseModified, InferenceTensor, NoGraph)
         )

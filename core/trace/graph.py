@@ -13,9 +13,9 @@ Silent = Literal["untracked", "hooks", "outside", "unmarked"]
 
 @dataclass(frozen=True)
 class Write:
-    """A write to a tensor's memory. ``by`` tells whose it was: the code's own, an optimizer's, or data-parallel
-    training's, which sends the buffers of rank 0 to all. ``library`` is the line of the library, other than PyTorch,
-    that the user's line led to. Versions and shape are those of the tensor that was written to."""
+    """A write to a tensor's memory. ``by`` says what wrote: the code, an optimizer, or data-parallel training, which
+    broadcasts the buffers of rank 0. ``library`` is the line of a library other than PyTorch that the user's line led
+    to. Versions and shape are those of the written tensor."""
 
     op: str
     site: Site | None
@@ -30,11 +30,11 @@ class Write:
 class StaleTensor:
     """A saved tensor that was overwritten after autograd saved it.
 
-    ``node`` and ``slot`` say what saved it (``ReluBackward0``, ``result``), ``op`` the op of the forward pass, and
-    ``name`` the parameter or buffer that it is. ``writes`` are those since the save, earliest first; none where the
-    write was not seen. ``silent`` says why PyTorch's own check passed it: ``"untracked"``, the write went past the
-    version counter; ``"hooks"``, saved-tensor hooks; ``"outside"``, the content changed and no op of PyTorch's
-    wrote it; ``"unmarked"``, a custom function wrote to its input without ``mark_dirty``. ``None``: PyTorch found it.
+    ``node`` and ``slot`` say what saved it (``ReluBackward0``, ``result``), ``op`` is the op of the forward pass, and
+    ``name`` that of the parameter or buffer, if it is one. ``writes`` are those since the save, earliest first; none if
+    the write was not seen. ``silent`` says why PyTorch's own check passed it: ``"untracked"``, the write bypassed the
+    version counter; ``"hooks"``, saved-tensor hooks; ``"outside"``, the content changed without a PyTorch op;
+    ``"unmarked"``, a custom function wrote to its input without ``mark_dirty``. ``None``: PyTorch found it.
     """
 
     node: str
@@ -54,8 +54,8 @@ class StaleTensor:
 
 @dataclass(frozen=True)
 class UncheckedSave:
-    """A tensor that saved-tensor hooks handed back as it was: its version is no longer checked. ``hooks`` is the
-    site of the hook that packed it, where this PyTorch can tell."""
+    """A tensor that saved-tensor hooks returned without a copy, so nothing checks its version. ``hooks`` is the site of
+    the hook that packed it, if this PyTorch can tell."""
 
     node: str
     save: Site | None
@@ -64,13 +64,13 @@ class UncheckedSave:
 
 @dataclass(frozen=True)
 class GraphTrace:
-    """What the write probe saw of the autograd graph. Of ``stale`` the first is the one that backward met first.
+    """What the write probe saw of the autograd graph. The first of ``stale`` is the one that backward met first.
 
     ``views`` are the calls that returned several views at once (``split``, ``unbind``), ``inference`` those that
-    made tensors under ``inference_mode``, ``backwards`` the backward passes begun, and ``cut`` the calls behind
-    which the failing loss has no graph: each the site of the call, the latest last. ``hooked`` names the modules with
-    full backward hooks, and ``replay`` says how a replay of the failing batch went, where there was one.
-    ``written_views`` are those of ``views`` whose base was written to later, each with the writes.
+    made tensors under ``inference_mode``, ``backwards`` the backward passes begun, and ``cut`` the calls after which
+    the failing loss has no graph: each the site of the call, the latest last. ``hooked`` names the modules with full
+    backward hooks, and ``replay`` says how a replay of the failing batch went, if there was one. ``written_views`` are
+    those of ``views`` whose base was modified later, each with the writes.
     """
 
     stale: tuple[StaleTensor, ...] = ()

@@ -1,4 +1,4 @@
-"""What a model, its optimizers and its scaler are made of, and where they run: what the fit-start walk sees."""
+"""What the fit-start walk sees: the model, its optimizers and its scaler, and where they run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Host:
-    """The framework that owns the training loop, and the remedies in its own words, by rule code."""
+    """The framework that owns the training loop, and the fixes in its own words, by rule code."""
 
     name: str
     version: str
@@ -18,11 +18,11 @@ class Host:
 
 @dataclass(frozen=True)
 class Environment:
-    """The torch in use. ``native`` maps ``(device type, dtype)`` to whether the device computes in that dtype
-    natively: true, false (not supported, or emulated), absent where torch cannot tell.
+    """The torch in use. ``native`` maps ``(device type, dtype)`` to whether the device supports that dtype natively:
+    true, false (not supported, or emulated), absent if torch cannot tell.
 
     ``autocast_cache_fault``: weights cast under ``no_grad`` stay in autocast's cache and lose their gradients
-    (https://github.com/pytorch/pytorch/issues/158232), found by trying it.
+    (https://github.com/pytorch/pytorch/issues/158232); AmpCheck tries it.
     """
 
     torch: str
@@ -54,9 +54,9 @@ class ModuleInfo(NamedTuple):
 class OptimizerInfo:
     """An optimizer: how many parameter tensors it holds, how many of them are the model's, and their dtypes.
 
-    ``unscales``: it divides by the loss scale itself, as fused ones do, and takes float16 gradients. ``alike``: the
-    shapes of its parameters are those of the model's trainable ones, as of a copy. ``names`` are those of its
-    parameters that are the model's, ``others`` the shapes of those that are not.
+    ``unscales``: it divides by the loss scale itself, as fused optimizers do, and takes float16 gradients. ``alike``:
+    its parameters have the shapes of the model's trainable ones, like those of a copy. ``names`` are
+    those of its parameters that are the model's, ``others`` the shapes of the rest.
     """
 
     type: str
@@ -80,8 +80,9 @@ class ScalerInfo:
 
 
 class Policy(NamedTuple):
-    """The mixed precision policy of a sharded module, by the module's qualified name: the dtype it casts parameters
-    to for forward (``None``: it casts none), and whether it casts the module's inputs too. ``source`` spells it."""
+    """The mixed precision policy of a sharded module, by the module's qualified name: the dtype that it casts
+    parameters to for forward (``None``: it casts none), and whether it casts the module's inputs too. ``source`` is the
+    policy as code."""
 
     module: str
     dtype: str | None
@@ -90,14 +91,14 @@ class Policy(NamedTuple):
 
 
 def encloses(outer: str, inner: str) -> bool:
-    """Whether the module ``outer`` is ``inner`` or holds it, by their qualified names."""
+    """Whether the module ``outer`` is ``inner`` or contains it, by their qualified names."""
     return not outer or inner == outer or inner.startswith(f"{outer}.")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The fit-start walk over one model. ``device_type`` is where most of its elements lie. ``policies`` are those of
-    the modules that are sharded, outermost first."""
+    """The fit-start walk over one model. ``device_type`` is where most of its elements are. ``policies`` are those of
+    the sharded modules, outermost first."""
 
     type: str
     device_type: str
@@ -107,7 +108,7 @@ class ModelInfo:
     policies: tuple[Policy, ...] = ()
 
     def policy_of(self, module: str | None) -> Policy | None:
-        """The policy that a module is under: that of the innermost sharded module around it."""
+        """The policy of a module: that of the innermost sharded module around it."""
         around = [p for p in self.policies if module is not None and encloses(p.module, module)]
         return max(around, key=lambda policy: len(policy.module), default=None)
 

@@ -1,4 +1,4 @@
-"""Failures of a gradient scaler, and of an optimizer under one. ``optimizer`` is the type's name, where it is known."""
+"""Failures of a gradient scaler, and of an optimizer under one. ``optimizer`` is the name of its type, if known."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Disorder = Literal["unscaled-twice", "unscaled-late", "stepped-twice", "never-sc
 
 @dataclass(frozen=True)
 class LowPrecisionGradients:
-    """The scaler met float16 gradients: those of ``parameters``, of the ``optimized`` ones that the optimizer holds.
-    ``cast`` is the line that made them float16, where there is just one."""
+    """The scaler got float16 gradients: those of ``parameters``, out of the ``optimized`` ones in the optimizer.
+    ``cast`` is the line that made them float16, if there is exactly one."""
 
     optimizer: str | None = None
     optimized: int = 0
@@ -25,8 +25,8 @@ class LowPrecisionGradients:
 
 @dataclass(frozen=True)
 class MissingGradients:
-    """None of the ``optimized`` parameters has a gradient: their names by the reason, and how many parameters that the
-    optimizer does not hold have one."""
+    """None of the ``optimized`` parameters has a gradient: their names by reason, and how many parameters outside the
+    optimizer have one."""
 
     optimizer: str | None = None
     optimized: int = 0
@@ -36,7 +36,7 @@ class MissingGradients:
 
 @dataclass(frozen=True)
 class ScalerOrder:
-    """The scaler's methods were called in an order that it refuses."""
+    """The scaler's methods were called in the wrong order."""
 
     reason: Disorder
     optimizer: str | None = None
@@ -44,8 +44,8 @@ class ScalerOrder:
 
 @dataclass(frozen=True)
 class ScalerArgument:
-    """The scaler, or its ``step``, was given an argument that it does not take, or an ``init_scale`` that is no number
-    (``value``). ``call`` is the call in the source, and ``corrected`` what to write instead."""
+    """The scaler, or its ``step``, got an argument that it does not take, or an ``init_scale`` that is not a number
+    (``value``). ``call`` is the call in the source, ``corrected`` what to write instead."""
 
     argument: str
     value: str | None = None
@@ -66,4 +66,4 @@ class FusedOptimizerClipping:
 
 @dataclass(frozen=True)
 class FirstStepSkipped:
-    """A scheduler's warning, raised: it was stepped before the optimizer was."""
+    """A scheduler's warning, raised as an error: it stepped before the optimizer."""

@@ -1,4 +1,4 @@
-"""A place in somebody's source."""
+"""A place in source code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Role = Literal["write", "save", "raise", "cast", "call"]
 
 @dataclass(frozen=True)
 class Site:
-    """A place in somebody's source: file, line and function, and what happened there."""
+    """A place in source code: file, line and function, and what happened there."""
 
     file: str
     line: int

@@ -16,7 +16,7 @@ Phase = Literal["training", "evaluation"]
 
 
 class AutocastState(NamedTuple):
-    """Autocast as it stood at one moment, for the model's device type."""
+    """The state of autocast at one moment, for the model's device type."""
 
     device_type: str
     enabled: bool
@@ -29,10 +29,10 @@ class AutocastState(NamedTuple):
 
 @dataclass(frozen=True)
 class AutocastRegion:
-    """An autocast region that was entered. ``requested`` is the ``enabled=`` it was made with and ``enabled`` what
-    torch made of it (``None``: it was made before the watch began). ``outer`` is the index of the region around it.
-    ``by_user`` is false where installed code entered it, whatever user code called that. ``left_by`` is the exception
-    that left it (see ``described``), which was raised under it.
+    """An autocast region that was entered. ``requested`` is its ``enabled=`` argument (``None``: the region was made
+    before the watch began), ``enabled`` what torch made of it. ``outer`` is the index of the region around it.
+    ``by_user`` is false if installed code entered it, even when user code called that. ``left_by`` is the exception
+    that left it (see ``described``), raised inside it.
     """
 
     index: int
@@ -54,10 +54,10 @@ class AutocastRegion:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """Calls of one module that looked alike. ``inputs`` and ``outputs`` are the dtypes of floating tensors in
-    order, ``region`` the innermost autocast region around the call (an index into ``StepTrace.regions``).
-    ``module`` is the qualified name, or ``None`` for a module that is no part of the model (a loss, say).
-    ``parameters`` are the dtypes that the module's own parameters had while a sharded model computed with them.
+    """Identical calls of one module. ``inputs`` and ``outputs`` are the dtypes of floating-point tensors in order,
+    ``region`` is the innermost autocast region around the call (an index into ``StepTrace.regions``). ``module`` is the
+    qualified name, or ``None`` for a module outside the model (a loss, say). ``parameters`` are the dtypes of the
+    module's own parameters while a sharded model computed with them.
     """
 
     module: str | None
@@ -75,7 +75,7 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class Operand:
-    """An input of an op. ``name`` is the qualified name of the parameter or buffer it is, or is a view of."""
+    """An input of an op. ``name`` is the qualified name if it is a parameter or buffer, or a view of one."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class OpCall:
-    """Calls of one function that looked alike and are of interest to a rule (see ``ampcheck.observe.probes.graph``)."""
+    """Identical calls of one function that some rule needs (see ``ampcheck.observe.probes.graph``)."""
 
     op: str
     module: str | None
@@ -97,12 +97,12 @@ class OpCall:
 
 @dataclass(frozen=True)
 class ScalerCall:
-    """A call of interest to loss scaling, in the order they came: ``scale``, ``backward``, ``unscale``, ``clip``,
-    ``step`` or ``update``; calls of a disabled scaler are left out.
+    """A call that matters for loss scaling, in order: ``scale``, ``backward``, ``unscale``, ``clip``, ``step`` or
+    ``update``. Calls of a disabled scaler are left out.
 
-    ``optimizers`` numbers the optimizers it concerns, in the order the scaler stepped or unscaled them. ``scaled``
-    says of ``backward`` that the loss was scaled, of ``clip`` that gradients were clipped while still scaled.
-    ``skipped`` says of ``step`` that the scaler left the optimizer's step out. ``None``: not to be told.
+    ``optimizers`` numbers the optimizers that it concerns, in the order in which the scaler stepped or unscaled them.
+    ``scaled`` means for ``backward`` that the loss was scaled, and for ``clip`` that the gradients were still scaled.
+    ``skipped`` means for ``step`` that the scaler skipped the optimizer's step. ``None``: unknown.
     """
 
     op: str
@@ -112,17 +112,16 @@ class ScalerCall:
     skipped: bool | None = None
 
 
-# What two steps make of a fact. One that says none fails as soon as two steps are watched.
+# How two steps merge a fact. A field without one fails as soon as two steps are watched.
 _ADDED, _EITHER, _BOTH = {"merge": operator.add}, {"merge": operator.or_}, {"merge": operator.and_}
 _LATER = {"merge": lambda earlier, later: later}
 
 
 @dataclass(frozen=True)
 class StepTrace:
-    """One watched phase. ``model`` is the walk over what was evaluated, where that is another object than the
-    model that trains (an averaged or a half-precision copy). ``cache_cleared`` says that somebody called
-    ``torch.clear_autocast_cache`` inside a region. ``complete`` is false where something was compiled, so that only
-    the way into it was seen."""
+    """One watched phase. ``model`` is the walk over the evaluated model, if that is another object than the model that
+    trains (an averaged or a half-precision copy). ``cache_cleared``: something called ``torch.clear_autocast_cache``
+    inside a region. ``complete`` is false if something was compiled, because then only the calls into it were seen."""
 
     calls: tuple[ModuleCall, ...] = field(default=(), metadata=_ADDED)
     regions: tuple[AutocastRegion, ...] = field(default=(), metadata=_ADDED)
@@ -136,16 +135,15 @@ class StepTrace:
 
     @functools.cached_property
     def forward(self) -> tuple[ModuleCall, ...]:
-        """The calls of the forward pass: those that backward repeats left out, and where some ran with gradients
-        those that ran without (a teacher, a metric) too."""
+        """The calls of the forward pass, without those that backward repeats and, if some calls ran with gradients,
+        without those that ran without (a teacher, a metric)."""
         calls = tuple(call for call in self.calls if not call.in_backward)
         return tuple(call for call in calls if call.grad_enabled) or calls
 
     @functools.cached_property
     def in_force(self) -> Counter[str]:
-        """Module calls of the forward pass by the autocast dtype they ran under; calls with autocast off left out. A
-        host may enter autocast around a model that leaves it again: none, where no module inside another ran under
-        it."""
+        """Module calls of the forward pass by the autocast dtype they ran under, without calls with autocast off. A
+        host may enter autocast around a model that leaves it again: empty if no module inside another ran under it."""
         dtypes: Counter[str] = Counter()
         inner = [call for call in self.forward if call.leaf]
         if inner and not any(call.autocast.enabled for call in inner):
@@ -156,7 +154,7 @@ class StepTrace:
         return dtypes
 
     def followed_by(self, later: StepTrace) -> StepTrace:
-        """Two watched steps of one phase as one. The regions of the later one are numbered on."""
+        """Two watched steps of one phase as one; the region numbers of the later step continue those of this one."""
         shift = len(self.regions)
 
         def shifted(index: int | None) -> int | None:

@@ -1,4 +1,4 @@
-"""All that is known of one run."""
+"""All that is known about one run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ampcheck.trace.step import Phase, StepTrace
 
 
 class Seen(NamedTuple):
-    """What one step showed: its calls, and its autograd graph, where that was looked at."""
+    """What one step showed: its calls, and its autograd graph if that was watched."""
 
     phase: Phase
     step: StepTrace | None
@@ -24,7 +24,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """All that is known of a run. A fact that was not observed is ``None``, and ``unobserved`` says why, by field.
+    """All that is known about a run. A fact that was not observed is ``None``, and ``unobserved`` says why, by field.
 
     ``internal_error`` is the exception that made AmpCheck switch itself off, in one line.
     """
@@ -46,12 +46,12 @@ class Trace:
 
     @property
     def uncompiled(self) -> Literal[True] | None:
-        """True where nothing is compiled, so that what runs inside the model was seen; else ``None``."""
+        """True if nothing is compiled, so that the inside of the model was seen; else ``None``."""
         compiled = self.model is not None and self.model.compiled
         return None if compiled or (self.training is not None and not self.training.complete) else True
 
     def showing(self, seen: Seen) -> Trace:
-        """The trace with what a step showed in place of what was known of its phase."""
+        """This trace with what a step showed in place of what was known about its phase."""
         trace = self if seen.graph is None else replace(self, graph=seen.graph)
         if seen.step is None:
             return trace

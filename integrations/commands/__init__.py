@@ -1,1 +1,1 @@
-"""Command lines, ``python -m ampcheck.integrations.<host>``, for hosts that are started by a command."""
+"""Command lines, ``python -m ampcheck.integrations.<host>``, for hosts that a command starts."""

@@ -16,9 +16,9 @@ from ampcheck.integrations.timm import say, wrap
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a train script under the checker. Options of AmpCheck come before the script; all that follows is its own.
+    """Run a train script under the checker. AmpCheck's options come before the script; the rest belongs to the script.
 
-    The exit status is the script's, 3 where a finding reaches ``--fail-on``, or 2 for bad options.
+    The exit status is the script's, 3 if a finding reaches ``--fail-on``, or 2 for bad options.
     """
     parser = _Parser(
         prog="python -m ampcheck.integrations.timm",
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(script, options.args, session)
     except FindingsError as error:
         parser.exit(3, f"ampcheck  stopped by --fail-on: {error}\n")
-    except Exception as error:  # noqa: BLE001 - it is the script's, shown as the script's
+    except Exception as error:  # noqa: BLE001 - it is the script's, and shown as the script's
         session.diagnose(error, phase="script")
         show_exception(error)
         sys.exit(1)
@@ -64,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _run(path: str, args: Sequence[str], session: Session) -> None:
-    """Run the script. One that is not of timm's kind is watched as any script is."""
+    """Run the script; one unlike timm's is watched like any script."""
     with ExitStack() as watched:
         wrapped = False
 

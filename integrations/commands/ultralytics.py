@@ -16,9 +16,9 @@ from ampcheck.integrations.ultralytics import AmpCheck
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The ``yolo`` command with every model that it makes checked. Options of AmpCheck come before its arguments.
+    """Run the ``yolo`` command and check every model that it makes. AmpCheck's options come before its arguments.
 
-    Exits with status 3 where a finding reaches ``--fail-on``, and 2 for bad options.
+    Exits with status 3 if a finding reaches ``--fail-on``, and 2 for bad options.
     """
     parser = argparse.ArgumentParser(
         prog="python -m ampcheck.integrations.ultralytics", add_help=False, allow_abbrev=False

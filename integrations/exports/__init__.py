@@ -1,1 +1,1 @@
-"""What a host's own export has written, against the model that it was written from."""
+"""Compares what a host's own export wrote with the model that it exported."""

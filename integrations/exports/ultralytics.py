@@ -1,4 +1,4 @@
-"""What Ultralytics' exporter has written, against the model that it was written from."""
+"""Compares what Ultralytics' exporter wrote with the model that it exported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def report_export(
     report: bool | str | os.PathLike[str],
     **_: Any,
 ) -> None:
-    """Compare, with the options of a checker, and report through Ultralytics' logger and beside the file. Raises
+    """Compare, with the options of a checker, and report through Ultralytics' logger and next to the file. Raises
     ``FindingsError``."""
     try:
         file, model, images = _exported(exporter)
@@ -31,7 +31,7 @@ def report_export(
         dynamic = None if getattr(exporter.args, "dynamic", False) else False
         reached = None
         try:
-            # The exporter has just written it.
+            # Trusted, because the exporter has just written it.
             found = compare(
                 model, file, images, dynamic_batch=dynamic, trusted=True, select=select, ignore=ignore, fail_on=fail_on
             )
@@ -40,7 +40,7 @@ def report_export(
         LOGGER.info(f"\n{found}")
         if report is not False:
             found.write(f"{file}.ampcheck.json")
-    except Exception as error:  # noqa: BLE001 - the file is written, and good or bad without us
+    except Exception as error:  # noqa: BLE001 - the export has succeeded, whatever fails here
         LOGGER.warning(f"AmpCheck (AMP900): the export was not compared: {type(error).__name__}: {error}")
         return
     if reached is not None:
@@ -48,8 +48,8 @@ def report_export(
 
 
 def _exported(exporter: Any) -> tuple[Path | None, torch.nn.Module, torch.Tensor]:
-    """The file that an exporter wrote (``None``: one that is not to be compared), the model that is in it, which is
-    the exporter's own copy, fused and with its head in export mode, and the images it was traced with."""
+    """The file that an exporter wrote (``None``: do not compare it), the model in it (the exporter's own copy, fused
+    and with its head in export mode), and the images that it was traced with."""
     model, images, args = exporter.model, exporter.im, exporter.args
     suffix = {"torchscript": ".torchscript", "onnx": ".onnx"}.get(str(args.format).lower())
     if suffix is None:
@@ -60,7 +60,7 @@ def _exported(exporter: Any) -> tuple[Path | None, torch.nn.Module, torch.Tensor
     if getattr(args, "nms", False):
         from ultralytics.engine import exporter as engine
 
-        # Older versions have suppression in CoreML files alone.
+        # Older versions put suppression only into CoreML files.
         wrapper: Any = getattr(engine, "NMSModel", None)
         model = model if wrapper is None else wrapper(model, args).eval()
     return exporter.file.with_suffix(suffix), model, images

@@ -1,1 +1,1 @@
-"""The remedies in each host's words, by rule code: one file a host."""
+"""The fixes in each host's words, by rule code: one file per host."""

@@ -1,2 +1,1 @@
-"""What an adapter reads from its host's objects, where that takes many lines: what was asked for, and the batch that
-failed."""
+"""What adapters read from their host's objects: the precision that was asked for, and the batch that failed."""

@@ -1,4 +1,4 @@
-"""What a Lightning trainer holds and was asked for, and the loss of the failing batch, computed once more."""
+"""Reads a Lightning trainer: what it holds, the precision it was asked for, and the failing batch to run again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PRECISIONS: Mapping[str, tuple[Literal["mixed", "true"], str]] = {
 
 
 def held(trainer: Any, package: ModuleType) -> dict[str, Any]:
-    """What a trainer holds beside its module."""
+    """What a trainer holds besides its module."""
     return {
         "precision": _declared(trainer, package),
         "optimizers": trainer.optimizers,
@@ -35,7 +35,7 @@ def held(trainer: Any, package: ModuleType) -> dict[str, Any]:
 
 
 def _averaged(trainer: Any) -> nn.Module | None:
-    """The averaged copy of the model that one of Lightning's averaging callbacks keeps, if one is there."""
+    """The averaged copy of the model that one of Lightning's averaging callbacks keeps, if there is one."""
     for callback in trainer.callbacks:
         copy = getattr(callback, "_average_model", None)
         if isinstance(copy, AveragedModel):
@@ -46,12 +46,12 @@ def _averaged(trainer: Any) -> nn.Module | None:
 
 
 def _declared(trainer: Any, package: ModuleType) -> Precision:
-    """What the trainer was asked for, from its precision plugin and, where it made that one itself, its argument."""
+    """The precision asked for, read from the precision plugin and, if the trainer made that itself, its argument."""
     plugin = trainer.precision_plugin
     asked = str(getattr(plugin, "precision", None))
     given = getattr(getattr(trainer, "_accelerator_connector", None), "_precision_plugin_flag", None) is plugin
     source = f"Trainer(plugins=[{type(plugin).__name__}({asked!r})])" if given else f"Trainer(precision={asked!r})"
-    # These two cast by themselves, whatever `precision` says.
+    # These two cast in their own ways, whatever `precision` says.
     others = tuple(
         getattr(package.plugins, name)
         for name in ("DeepSpeedPrecision", "BitsandbytesPrecision")
@@ -72,8 +72,8 @@ def _declared(trainer: Any, package: ModuleType) -> Precision:
 def failing_batch(
     trainer: Any, packages: Sequence[ModuleType], frames: Iterable[FrameType]
 ) -> Callable[[], object] | None:
-    """What computes the loss of the batch in these frames once more; ``None`` where it cannot be found, or the module
-    not be run outside its strategy."""
+    """A function that computes the loss of the batch in these frames once more; ``None`` if the batch cannot be found,
+    or the module cannot run outside its strategy."""
     module = trainer.lightning_module
     strategies = (getattr(package.strategies, "DeepSpeedStrategy", None) for package in packages)
     if isinstance(trainer.strategy, tuple(filter(None, strategies))):
@@ -93,7 +93,7 @@ def failing_batch(
 
 
 def _arguments_of_step(trainer: Any, frames: Iterable[FrameType]) -> tuple[Any, ...] | None:
-    """The arguments of the ``training_step`` that these frames are in, from the loop's."""
+    """The arguments of the ``training_step`` that these frames are in, from the loop's frame."""
     epoch_loop = trainer.fit_loop.epoch_loop
     loops = [getattr(epoch_loop, f"{kind}_optimization", None) for kind in ("automatic", "manual")]
     for held in variables(frames, "self", "kwargs", function="run"):
@@ -103,8 +103,8 @@ def _arguments_of_step(trainer: Any, frames: Iterable[FrameType]) -> tuple[Any, 
 
 
 def _step_again(trainer: Any, kinds: tuple[type, ...], arguments: tuple[Any, ...]) -> object:
-    """``training_step`` as the strategy calls it, on the module without its wrapper: nothing is logged, and no
-    progress counted. Returns the loss; under manual optimization ``None``, since the step runs backward itself."""
+    """Run ``training_step`` as the strategy does, on the module without its wrapper, without logging or counting
+    progress. Returns the loss; ``None`` under manual optimization, where the step runs backward itself."""
     module = trainer.lightning_module
     with ExitStack() as stack:
         for part in module.modules():
@@ -112,7 +112,7 @@ def _step_again(trainer: Any, kinds: tuple[type, ...], arguments: tuple[Any, ...
                 for name in ("log", "log_dict", "print"):
                     stack.callback(shadow(part, name, _nothing).give_back)
         if not module.automatic_optimization:
-            # A step that died in between leaves the parameters of the other optimizers frozen.
+            # A step that failed halfway leaves the parameters of the other optimizers frozen.
             for parameter, required in getattr(module, "_param_requires_grad_state", {}).items():
                 parameter.requires_grad_(required)
             backward = functools.partial(backward_without_hooks, module)
@@ -133,4 +133,4 @@ def _instead(other: Callable[..., Any], method: Callable[..., Any], *args: Any, 
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of what would be logged or counted twice."""
+    """Replaces what would log or count twice."""

@@ -1,5 +1,5 @@
-"""What timm's train script hands to its functions, what it was asked for, and the loss of the failing batch, computed
-once more."""
+"""Reads timm's train script: what it passes to its functions, the precision asked for, and the failing batch to run
+again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def optimizer(values: Mapping[str, Any]) -> torch.optim.Optimizer | None:
 
 
 def held(values: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What the script's function is given beside its model."""
+    """What the script passes to its function besides the model."""
     scaler = getattr(values.get("loss_scaler"), "_scaler", values.get("loss_scaler"))
     scaler = scaler if isinstance(scaler, torch.amp.GradScaler) else None
     own = optimizer(values)
@@ -69,9 +69,9 @@ def _averaged(values: Mapping[str, Any]) -> nn.Module | None:
 
 
 def _declared(values: Mapping[str, Any], model: nn.Module, scaler: torch.amp.GradScaler | None) -> Precision:
-    """What the command line asks for; where it has no say, what the script hands to its function."""
+    """The precision that the command line asks for or, if it names none, what the script passes to its function."""
     args, flags = values.get("args"), _given_flags(sys.argv[1:])
-    # Not from `device`, which timm 0.9 does not hand on.
+    # Not from `device`, which timm 0.9 does not pass on.
     device_type = next((parameter.device.type for parameter in model.parameters()), None)
     source = " ".join(f"{flag} {value}" if value else flag for flag, value in flags.items())
     if getattr(args, "amp_impl", None) == "apex" or "--apex-amp" in flags:
@@ -95,7 +95,7 @@ def _declared(values: Mapping[str, Any], model: nn.Module, scaler: torch.amp.Gra
 
 
 def _given_flags(argv: Sequence[str]) -> dict[str, str]:
-    """The flags of the command line that have to do with precision, with their values."""
+    """The command line's flags about precision, with their values."""
     found: dict[str, str] = {}
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         flag, _, value = word.partition("=")
@@ -105,12 +105,12 @@ def _given_flags(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _dtype_of_regions(amp_autocast: Any) -> str | None:
-    """The dtype of the autocast regions that ``amp_autocast()`` makes; ``None`` where it makes none."""
+    """The dtype of the autocast regions that ``amp_autocast()`` makes; ``None`` if it makes none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             region = amp_autocast()
-    except Exception:  # noqa: BLE001 - the script will call it in its turn
+    except Exception:  # noqa: BLE001 - the script will call it itself, and raise there
         return None
     if not isinstance(region, torch.autocast) or not region._enabled:
         return None
@@ -118,8 +118,8 @@ def _dtype_of_regions(amp_autocast: Any) -> str | None:
 
 
 def failing_batch(frames: Iterable[FrameType]) -> Callable[[], object] | None:
-    """Computes the loss of the batch in these frames as the script does, with what the frame of its loop holds;
-    ``None`` where that is not what timm's scripts have."""
+    """A function that computes the loss of the batch in these frames as the script does, from the variables of its
+    loop's frame; ``None`` if these are not what timm's scripts have."""
     values: dict[str, Any] = next(variables(frames, "input", "target", "amp_autocast"), {})
     named: Iterator[Any] = (values.get(name) for name in ("amp_autocast", "task", "model", "loss_fn"))
     amp_autocast, task, model, loss_fn = named
@@ -140,7 +140,7 @@ def failing_batch(frames: Iterable[FrameType]) -> Callable[[], object] | None:
 
 
 def _alone(task: nn.Module) -> nn.Module:
-    """The task around the modules in its wrappers."""
+    """The task with its modules out of their wrappers."""
     alone = copy.copy(task)
     alone._modules = {name: child if child is None else unwrapped(child) for name, child in task._modules.items()}
     return alone

@@ -1,5 +1,5 @@
-"""What Ultralytics does in the version that is installed, what its trainer holds and was asked for, and the loss of the
-failing batch, computed once more."""
+"""Reads Ultralytics: what the installed version does, what its trainer holds, the precision asked for, and the failing
+batch to run again."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ultralytics.utils import DEFAULT_CFG_DICT, dist, torch_utils
 
 from ampcheck import Precision, variables
 
-# Whether the processes that it starts for several devices get the callbacks.
+# Whether the processes that Ultralytics starts for several devices get the callbacks.
 HANDS_ON_CALLBACKS = "callbacks" in dist.generate_ddp_file.__code__.co_names
 NOTHING_WATCHED = (
     f"AmpCheck: nothing was watched: Ultralytics {ultralytics.__version__} trains on several devices in "
-    "processes that it starts anew, and hands them no callbacks. Started with `torchrun --nproc-per-node "
-    "N`, with the same `device=`, this program trains in watched processes."
+    "new processes, and does not pass callbacks to them. Start this program with `torchrun --nproc-per-node N`, with "
+    "the same `device=`, to train in watched processes."
 )
 NO_STEP_WATCHED = (
-    f"AmpCheck: Ultralytics {ultralytics.__version__} runs no callback after a failure, so that no step "
-    "is watched; `AmpCheck().attach(model)` in place of its callbacks watches them."
+    f"AmpCheck: Ultralytics {ultralytics.__version__} runs no callback after a failure, so no step is watched. "
+    "Use `AmpCheck().attach(model)` instead of the callbacks to watch steps."
 )
 
 
 def tears_down_after_failure(trainer: Any) -> bool:
-    """Whether `train` itself runs the ``teardown`` event, in a ``finally``; older versions do so where training ends
-    well."""
+    """Whether ``train`` itself runs the ``teardown`` event, in a ``finally``; older versions run it only if training
+    succeeds."""
     trains = (vars(cls).get("train") for cls in type(trainer).__mro__)
     return any("teardown" in getattr(getattr(train, "__code__", None), "co_consts", ()) for train in trains)
 
 
 def held(trainer: Any, amp_given: bool) -> dict[str, Any]:
-    """What a trainer holds beside its model."""
+    """What a trainer holds besides its model."""
     optimizer = getattr(trainer, "optimizer", None)
     return {
         "precision": _declared(trainer, amp_given),
@@ -47,8 +47,8 @@ def held(trainer: Any, amp_given: bool) -> dict[str, Any]:
 
 
 def _declared(trainer: Any, given: bool) -> Precision:
-    """What ``amp=`` asks for. ``True`` is torch's default dtype for an accelerator, and names none for a CPU, where
-    Ultralytics has no AMP. Validation is in that default whatever the dtype of training."""
+    """The precision that ``amp=`` asks for. ``True`` means torch's default dtype on an accelerator, and no dtype on a
+    CPU, where Ultralytics has no AMP. Validation runs in that default, whatever the dtype of training."""
     asked = getattr(trainer.args, "amp", None)
     device_type = trainer.device.type
     if asked is None:
@@ -69,7 +69,7 @@ def _declared(trainer: Any, given: bool) -> Precision:
 
 
 def failing_batch(trainer: Any, frames: Iterable[FrameType]) -> Callable[[], object] | None:
-    """Computes the loss of the batch in these frames as the trainer does; ``None`` where no batch is."""
+    """A function that computes the loss of the batch in these frames as the trainer does; ``None`` without a batch."""
     frames = list(frames)
     batch = next(variables(frames, "batch", function="_do_train"), {}).get("batch")
     if not isinstance(batch, dict):
@@ -79,7 +79,7 @@ def failing_batch(trainer: Any, frames: Iterable[FrameType]) -> Callable[[], obj
 
 
 def _loss(trainer: Any, batch: Mapping[str, Any], raw: bool) -> object:
-    """The loss of a batch as `BaseTrainer._do_train` computes it; ``raw``: the batch is still to be preprocessed."""
+    """The loss of a batch as ``BaseTrainer._do_train`` computes it; ``raw``: the batch is not preprocessed yet."""
     unwrap = getattr(torch_utils, "unwrap_model", None) or getattr(torch_utils, "de_parallel")  # noqa: B009
     dtype = torch.bfloat16 if trainer.args.amp == "bf16" else None
     with torch.autocast(trainer.device.type, dtype, enabled=bool(trainer.amp)):

@@ -519,7 +519,7 @@ def test_install_takes_a_checker_or_options() -> None:
 def test_install_before_the_functions_is_one_line(caplog: pytest.LogCaptureFixture, checker: AmpChecker) -> None:
     install(type(sys)("fork"), checker=checker)
     assert [record.getMessage() for record in caplog.records] == [
-        "ampcheck  fork defines no train_one_epoch() so far, and is not checked"
+        "ampcheck  fork defines no train_one_epoch() yet, so it is not checked"
     ]
 
 

@@ -203,7 +203,7 @@ class TestLossScaleCollapse:
     @pytest.mark.parametrize(
         "steps",
         [(SKIPPED, SKIPPED), (SKIPPED, SKIPPED, SKIPPED, STEP), (SKIPPED, SKIPPED, of_scaler("step", 13, 0))],
-        ids=["two at the start", "all but one", "one that is not to be told"],
+        ids=["two at the start", "all but one", "one unknown"],
     )
     def test_some_steps_skipped(self, steps):
         assert found(scaling(*steps)) == {"AMP310": INFO}
