@@ -340,7 +340,7 @@ class AmpChecker:
                 steps = ()
             else:
                 steps = itertools.islice(of_frame(frame), _MOST_RERUNS)
-            step.replayed = again.suspected(steps)
+            step.replayed = replace(again, changed=step.changed_parameters).suspected(steps)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 

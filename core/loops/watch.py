@@ -289,7 +289,9 @@ class watch:
             watched = self._checker.training_step(self._autocast)
             if isinstance(watched, WatchedStep):
                 self._autocast.waiting = False
-                own = {id(parameter) for parameter in (self._attached or module).parameters()}
+                # A module may have a length, and be false where it is 0.
+                whole = module if self._attached is None else self._attached
+                own = {id(parameter) for parameter in whole.parameters()}
                 equipped = any(own & held_by(optimizer) for optimizer in self._known)
                 self._state, self._step = _State.STEP, _Step(watched.__enter__(), equipped)
         else:

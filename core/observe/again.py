@@ -39,6 +39,8 @@ class Again:
     device_type: str
     optimizers: Iterable[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler | None
+    changed: frozenset[int] = frozenset()
+    """The storages of parameters that the step is known to have changed: a replay finds them changed already."""
 
     def failing(
         self, error: Exception, steps: Iterable[Step], explains: Callable[[GraphTrace], bool]
@@ -95,7 +97,10 @@ class Again:
         runs: list[WatchedStep] = []
 
         def probes() -> WatchedStep:
-            runs.append(WatchedStep("training", self.model, self.device_type, lambda *_: None, replayed=True))
+            step = WatchedStep(
+                "training", self.model, self.device_type, lambda *_: None, replayed=True, changed=self.changed
+            )
+            runs.append(step)
             return runs[-1]
 
         def examine(raised: BaseException | None) -> tuple[Any, GraphTrace | None, Sequence[float]]:

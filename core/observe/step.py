@@ -54,6 +54,7 @@ class WatchedStep:
         entry: nn.Module | None = None,
         compiled: bool = False,
         replayed: bool = False,
+        changed: frozenset[int] = frozenset(),
     ) -> None:
         self.phase = phase
         self._ended = ended
@@ -73,7 +74,7 @@ class WatchedStep:
         self._losses: LossProbe | None = None
         extensions: ExtensionOps | None = None
         if replayed:
-            self._dispatch = DispatchProbe(model, lambda: modules.current)
+            self._dispatch = DispatchProbe(model, lambda: modules.current, changed)
             self._losses = LossProbe()
             extensions = ExtensionOps(self._dispatch)
         optional = (self._aliases, self._graph, self._scaler, self._dispatch, self._losses, extensions)
@@ -127,6 +128,11 @@ class WatchedStep:
     def scaler(self) -> torch.amp.GradScaler | None:
         """The gradient scaler that the step has used so far."""
         return self._scaler.used if self._scaler is not None else None
+
+    @property
+    def changed_parameters(self) -> frozenset[int]:
+        """The storages of parameters that were changed past the version counter."""
+        return self._aliases.changed_parameters if self._aliases is not None else frozenset()
 
     @property
     def losses(self) -> tuple[float, ...]:

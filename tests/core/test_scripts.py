@@ -209,3 +209,37 @@ class TestOptimizerOfAnother:
                 of_generator.step()
 
         assert codes(watched(train)) == {}
+
+
+def test_parameters_of_a_second_network_are_clipped_before_backward() -> None:
+    """A replay finds them clipped already; what the clip did was seen in the step."""
+    torch.manual_seed(0)
+    generator = nn.Linear(4, 8)
+    critic = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    of_critic = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    of_generator = torch.optim.Adam(generator.parameters(), lr=1e-3)
+
+    def train(clips: float) -> Report:
+        def steps() -> None:
+            for _ in range(3):
+                of_critic.zero_grad()
+                fake = generator(torch.randn(4, 4)).detach()
+                loss = critic(fake).mean() - critic(torch.randn(4, 8)).mean()
+                for parameter in critic.parameters():
+                    parameter.data.clamp_(-clips, clips)
+                loss.backward()
+                of_critic.step()
+                of_generator.zero_grad()
+                (-critic(generator(torch.randn(4, 4))).mean()).backward()
+                of_generator.step()
+
+        return watched(steps)
+
+    finding = only(train(0.01))
+    assert finding.code == "AMP402"
+    assert "Sequential.2.weight" in finding.message
+    assert "clamp_" in {site.op and site.op.removeprefix("aten::") for site in finding.sites}
+    assert finding.fix.startswith("Move the write to Sequential.2.weight")
+    assert finding.edit is None
+    # A clip that changes nothing does no harm.
+    assert codes(train(1e6)) == {}

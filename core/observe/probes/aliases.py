@@ -59,15 +59,22 @@ class _Alias:
     ``None``.
     """
 
-    def __init__(self, held: _Held, version: Callable[[], float]) -> None:
+    def __init__(self, held: _Held, version: Callable[[], float], total: Callable[[], Any] | None = None) -> None:
         self.held = held
         self.until: int | None = None
         self._version = version
         self._begun = version()
+        self._total = total
+        self._total_before = total() if total is not None else None
 
     @property
     def written(self) -> bool:
         return self.until is not None or self._version() != self._begun
+
+    @property
+    def changed_content(self) -> bool:
+        """Whether a write changed the content, where that is compared."""
+        return self._total is not None and self.written and bool(self._total() != self._total_before)
 
     def died(self) -> None:
         """Record that the alias is gone. If it was not written to, views of it may still exist."""
@@ -161,6 +168,12 @@ class AliasProbe:
                                 return True
         return False
 
+    @property
+    def changed_parameters(self) -> frozenset[int]:
+        """The storages of parameters that were changed through an alias."""
+        with alone():
+            return frozenset(one.held.key for one in self._aliases if one.changed_content)
+
     def _is_under_hooks(self, made: int) -> bool:
         return any(first <= made and (last is None or made < last) for first, last in self._under_hooks)
 
@@ -176,7 +189,10 @@ class AliasProbe:
             # Shares the version counter, but not the memory.
             counter = alias.detach()
             torch._C.TensorBase.data.__set__(counter, alias.new_empty(0))  # type: ignore[attr-defined]
-            self._note(_Alias(_Held(alias), lambda: counter._version), alias)
+            held = _Held(alias)
+            # A replay begins with the parameters as they are now: what a write did to them has to be seen here.
+            total = functools.partial(_total, weakref.ref(tensor)) if type(tensor) is torch.nn.Parameter else None
+            self._note(_Alias(held, lambda: counter._version, total), alias)
 
     @contained
     def exported(self, array: Any, tensor: Any, *_: Any, **__: Any) -> None:
@@ -284,6 +300,15 @@ def _is_plain(tensor: Any) -> bool:
         return False
     with torch._C.DisableTorchFunction():
         return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_inference())
+
+
+def _total(reference: weakref.ref[torch.Tensor]) -> Any:
+    """The sum of a parameter's elements, as a tensor, which nobody waits for; zero once the parameter is gone."""
+    parameter = reference()
+    if parameter is None:
+        return 0
+    with alone():
+        return parameter.detach().sum()
 
 
 def data_property(descriptor: Any, listeners: list[Any]) -> property:

@@ -88,11 +88,14 @@ class DispatchProbe(TorchDispatchMode):
         # Nothing is compiled under this mode, and guarding against it would cost as much as the mode.
         return False
 
-    def __init__(self, model: nn.Module, current_module: Callable[[], str | None]) -> None:
+    def __init__(
+        self, model: nn.Module, current_module: Callable[[], str | None], changed: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.error: Exception | None = None
         self.log = GraphLog()
         self._current_module = current_module
+        self._changed = changed
         self._call_sites = CallSites()
         self._reads = BackwardReads(self.log, self._call_sites, current_module)
         self._known: dict[int, KnownOp] = {}
@@ -419,7 +422,7 @@ class DispatchProbe(TorchDispatchMode):
         if op is not None:
             self._used(op, outputs, produced=True)
         for write, target, before in compared:
-            write.changed = not same_values(before, target)
+            write.changed = storage_key(target) in self._changed or not same_values(before, target)
         if op is None and _graph_task() == -1:
             self._derive(func, args, outputs, sys._getframe(2))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -123,6 +125,20 @@ class GraphLog:
                 if key is not None:
                     self.names[key] = (plain_name(name), buffer)
 
+    @functools.cached_property
+    def _others(self) -> dict[int, tuple[str, bool]]:
+        """The parameters and buffers of all other modules, by their outermost module's class and their name there."""
+        modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+        parts = {id(part) for one in modules for part in one.modules() if part is not one}
+        return {
+            key: (f"{type(one).__name__}.{plain_name(name)}", buffer)
+            for one in modules
+            if id(one) not in parts
+            for buffer, tensors in ((True, one.named_buffers()), (False, one.named_parameters()))
+            for name, tensor in tensors
+            if (key := storage_key(tensor)) is not None
+        }
+
     def wrote(self, key: int, write: Overwrite) -> None:
         self.written.setdefault(key, []).append(write)
 
@@ -205,7 +221,8 @@ class GraphLog:
     ) -> StaleTensor:
         """A stale tensor with its sites. ``key`` is its storage, ``versions`` are the saved and the found one."""
         saved, found = versions
-        name, buffer = (None, False) if key is None else self.names.get(key, (None, False))
+        known = None if key is None else self.names.get(key) or self._others.get(key)
+        name, buffer = known or (None, False)
         stale = StaleTensor(node.name(), slot, dtype, shape, None, None, None, (), saved, found, name, buffer, silent)
         if op is None:
             return stale
