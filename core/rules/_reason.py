@@ -177,7 +177,7 @@ def _while_on(mismatch: DtypeMismatch) -> Why:
     if cast and set(operation.dtypes) >= LOW_PRECISION:
         words = "autocast caches its casts until the outermost region ends, and it had cached a cast of "
         words += f"{_together(cast)} to another dtype"
-        return Why("cached-cast", words, None, "Use one dtype in all regions, or pass this one `cache_enabled=False`.")
+        return Why("cached-cast", words, None, "Use one dtype in all regions, or pass `cache_enabled=False` here.")
     if mismatch.promotes:
         low = sorted({operand.dtype for operand in operation.operands if operand.dtype in LOW_PRECISION})
         words = f"it refuses {' or '.join(low) or 'a dtype that is not its own'} here"
