@@ -195,7 +195,7 @@ def test_half_parameters_under_mixed_precision(build: Build) -> None:
     finding = findings_of(runner)["AMP201"]
     assert finding["severity"] == "error"
     assert "head.weight" in finding["evidence"]["parameters"]
-    assert finding["host_fix"].startswith("Leave the model in float32 when the Runner is built")
+    assert finding["host_fix"].startswith("Keep the model in float32 when you build the ")
     # Said at fit start, before the step that dies of it.
     assert "error[AMP201]" in log_of(runner)
 

@@ -149,9 +149,9 @@ def only(checker: AmpChecker) -> Finding:
 
 
 def said(log: list[str]) -> list[str]:
-    return [
-        line.lstrip("\n") for line in log if line.lstrip("\n").startswith(("ampcheck  ", "error[", "warning[", "info["))
-    ]
+    # Ultralytics puts the level before the text.
+    lines = [re.sub(r"^\n?(?:(?:WARNING|ERROR) \S+ )?", "", line) for line in log]
+    return [line for line in lines if line.startswith(("ampcheck  ", "error[", "warning[", "info["))]
 
 
 def test_amp_left_at_its_default_on_a_cpu_is_a_warning(train: Any, log: list[str]) -> None:
