@@ -345,7 +345,10 @@ class AmpChecker:
             self.switch_off(error)
 
     def _judge_failure(self, trace: Trace, runs_with: Callable[[Edit], bool | None]) -> Report:
-        findings, not_judged = judge(trace, self._rules)
+        watched = self._run.trace.training
+        # Precision may differ from step to step on purpose: what a replay shows of it explains the failure alone.
+        of_the_run = trace if watched is None else replace(trace, training=watched)
+        findings, not_judged = judge(of_the_run, self._rules, failed=trace)
         self._run.report = Report(trace, tuple(_tried(finding, runs_with) for finding in findings), not_judged)
         return self._run.report
 

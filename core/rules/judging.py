@@ -21,17 +21,23 @@ def selected(select: str | Iterable[str] = (), ignore: str | Iterable[str] = ())
     )
 
 
-def judge(trace: Trace, rules: Iterable[Rule]) -> tuple[tuple[Finding, ...], dict[str, str]]:
-    """The findings of ``rules`` on a trace, most severe first, and by code the reason why a rule could not be judged. A
-    rule about something that this run does not have (a failure, an averaged copy) finds nothing."""
+def judge(
+    trace: Trace, rules: Iterable[Rule], *, failed: Trace | None = None
+) -> tuple[tuple[Finding, ...], dict[str, str]]:
+    """Judge a trace by ``rules``: the findings, most severe first, and by code why a rule could not be judged.
+
+    A rule about what this run does not have (a failure, an averaged copy) finds nothing. Rules about a failure judge
+    ``failed``, if given: the trace with what the step showed that failed.
+    """
     findings: list[Finding] = []
     not_judged: dict[str, str] = {}
     for rule in rules:
-        missing = rule.missing(trace)
+        judged = failed if failed is not None and "failure" in rule.needs else trace
+        missing = rule.missing(judged)
         if missing is None:
-            findings.extend(rule(trace))
-        elif missing in trace.unobserved:
-            not_judged[rule.code] = trace.unobserved[missing]
+            findings.extend(rule(judged))
+        elif missing in judged.unobserved:
+            not_judged[rule.code] = judged.unobserved[missing]
     return tuple(sorted(findings, key=lambda finding: (-finding.severity, finding.code))), not_judged
 
 

@@ -243,3 +243,28 @@ def test_parameters_of_a_second_network_are_clipped_before_backward() -> None:
     assert finding.edit is None
     # A clip that changes nothing does no harm.
     assert codes(train(1e6)) == {}
+
+
+def test_precision_that_changes_from_step_to_step_is_no_fault() -> None:
+    """The step that fails runs without autocast on purpose: what its replay shows of that is not held against it."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = ampcheck.watch(model, optimizer=optimizer, emit=[].append, report=False)
+
+    def train() -> None:
+        with watch:
+            for step in range(6):
+                x, y = batch()
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step % 2 == 0):
+                    h = torch.sigmoid(model(x))
+                    if step == 3:
+                        h += 1
+                    loss = F.cross_entropy(h, y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        train()
+    assert watch.report is not None
+    assert only(watch.report).code == "AMP401"
