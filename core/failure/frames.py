@@ -6,12 +6,13 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ampcheck.source.lines import callers, is_library, is_ours, is_torch, qualified_name, remember_source, site_of
+from ampcheck.source.lines import is_library, is_ours, is_torch, qualified_name, remember_source, site_of
 from ampcheck.trace import Role, Site
 
 Span = tuple[int, int, int, int]
@@ -103,8 +104,20 @@ def frames_of(exc: BaseException, model: nn.Module | None) -> tuple[Frame, ...]:
 
 def still_running(exc: BaseException) -> tuple[Frame, ...]:
     """The frames that called the code that ``exc`` passed through and are still running, outermost first."""
-    outermost = exc.__traceback__.tb_frame.f_back if exc.__traceback__ is not None else None
-    return tuple(_frame(one, one.f_lineno, one.f_lasti) for one in callers(outermost))[::-1]
+    if exc.__traceback__ is None or any(_launches(frame.f_code) for frame, _ in walk_tb(exc.__traceback__)):
+        return ()
+    frame = exc.__traceback__.tb_frame.f_back
+    running: list[Frame] = []
+    while frame is not None and not _launches(frame.f_code):
+        if not is_ours(frame.f_code.co_filename):
+            running.append(_frame(frame, frame.f_lineno, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(running[::-1])
+
+
+def _launches(code: CodeType) -> bool:
+    """Whether it runs a whole program: what called it is no part of that."""
+    return code.co_name in ("run_script", "run_module") and is_ours(code.co_filename)
 
 
 def _frame(running: FrameType, line: int, lasti: int) -> Frame:

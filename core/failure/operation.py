@@ -50,8 +50,12 @@ def in_place_dtype(scene: Scene) -> InPlaceDtype | None:
     return None if not operation.dtypes and _agree(operation) else InPlaceDtype(operation)
 
 
-def op_not_implemented(scene: Scene) -> OpNotImplemented:
-    return OpNotImplemented(_operation(scene))
+def op_not_implemented(scene: Scene) -> OpNotImplemented | DtypeMismatch:
+    """The facts of an op without a kernel, or of different dtypes if the message names none and nobody casts them."""
+    operation = _operation(scene)
+    cast = operation.opaque_regions or any(region.enabled is not False for region in operation.regions)
+    mixed = len({operand.dtype for operand in operation.operands}) > 1
+    return DtypeMismatch(operation) if mixed and not cast and not operation.dtypes else OpNotImplemented(operation)
 
 
 def no_numpy_dtype(scene: Scene) -> NoNumpyDtype:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +271,47 @@ def test_precision_that_changes_from_step_to_step_is_no_fault() -> None:
         train()
     assert watch.report is not None
     assert only(watch.report).code == "AMP401"
+
+
+OUTSIDE = """
+import torch
+from torch import nn
+
+model = nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(3):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(torch.randn(2, 4))
+    out.float().sum().backward()
+    optimizer.step()
+model.eval()
+with torch.no_grad():
+    model(out)
+"""
+
+
+def test_what_called_the_script_is_no_part_of_it(tmp_path: Path) -> None:
+    """The command line's own `with` blocks hide nothing: no region is around the line that fails."""
+    script = tmp_path / "train.py"
+    script.write_text(OUTSIDE)
+    command = [sys.executable, "-m", "ampcheck", "run", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert "Autocast did not cast them: no autocast region surrounds this line." in done.stderr
+
+
+def test_a_kernel_that_lacks_for_mixed_dtypes_is_a_mismatch() -> None:
+    lstm = nn.LSTM(4, 4)
+    optimizer = torch.optim.SGD(lstm.parameters(), lr=0.1)
+    state = (torch.zeros(1, 2, 4, dtype=torch.bfloat16), torch.zeros(1, 2, 4, dtype=torch.bfloat16))
+    watch = ampcheck.watch(lstm, optimizer=optimizer, emit=[].append, report=False)
+
+    def train() -> None:
+        with watch:
+            lstm(torch.randn(3, 2, 4), state)
+
+    with pytest.raises((RuntimeError, ValueError)):
+        train()
+    assert watch.report is not None
+    finding = only(watch.report)
+    assert finding.code == "AMP203"
+    assert {operand["dtype"] for operand in finding.evidence["operands"]} == {"float32", "bfloat16"}
