@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterable
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import nn
 from ampcheck.observe.probes.autocast import autocast_state
 from ampcheck.observe.walk import dtype_name, examine_optimizer
 from ampcheck.precision import Precision
-from ampcheck.source.lines import is_library
 from ampcheck.trace import AutocastRegion
 
 
@@ -24,35 +23,35 @@ def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def is_part(module: nn.Module, whole: nn.Module) -> bool:
-    return any(part is module for part in whole.modules())
+    return any(part is module for part in nn.Module.modules(whole))
 
 
-def holder_of(module: nn.Module, frames: Iterable[FrameType]) -> nn.Module:
-    """The outermost module that is held by a variable of the user's code, or by an attribute of one, and that
-    ``module`` is a part of; by default ``module`` itself."""
-    holder = module
-    for frame in frames:
-        if is_library(frame.f_code.co_filename):
-            continue
-        values = list(frame.f_locals.values())
-        values += [one for value in values if _is_users(value) for one in vars(value).values()]
-        for value in values:
-            if issubclass(type(value), nn.Module) and value is not holder and is_part(holder, value):
-                holder = value
-    return holder
-
-
-def _is_users(value: Any) -> bool:
-    """Whether it is an object of a class of the user's own."""
-    kind = type(value)
-    code = getattr(getattr(kind, "__init__", None), "__code__", None)
-    return code is not None and not is_library(code.co_filename) and hasattr(value, "__dict__")
+def holder_of(module: nn.Module) -> nn.Module:
+    """The smallest module alive that ``module`` is a part of and that has all parameters which an optimizer trains
+    together with ``module``'s; by default ``module`` itself."""
+    own = {id(parameter) for parameter in module.parameters()}
+    trained = own.union(*(held_by(optimizer) for optimizer in optimizers_of(module)))
+    if trained == own:
+        return module
+    holders: list[tuple[int, nn.Module]] = []
+    for one in _alive(nn.Module):
+        # One that is not built yet has no parts.
+        with contextlib.suppress(Exception):
+            held = {id(parameter) for parameter in nn.Module.parameters(one)}
+            if trained <= held and is_part(module, one):
+                holders.append((len(held), one))
+    return min(holders, key=lambda pair: pair[0])[1] if holders else module
 
 
 def is_like(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
     """Whether an optimizer holds none of ``module``'s parameters, but as many of the same shapes."""
     info = examine_optimizer(optimizer, module)
     return info.alike and not info.of_model and info.parameters > 0
+
+
+def is_idle(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether none of an optimizer's parameters has a gradient: a step of it changes nothing."""
+    return all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"])
 
 
 def optimizers_of(module: nn.Module) -> list[torch.optim.Optimizer]:

@@ -23,6 +23,7 @@ from ampcheck.loops.evaluation import FirstEvaluation
 from ampcheck.loops.shown import (
     held_by,
     holder_of,
+    is_idle,
     is_like,
     is_part,
     optimizers_of,
@@ -260,8 +261,7 @@ class watch:
             if not self._begins_training(module):
                 return
             self._outermost = module
-            frames = (frame for frame, _ in walk_stack(sys._getframe(1)))
-            self._attach(self._model if self._model is not None else holder_of(module, frames))
+            self._attach(self._model if self._model is not None else holder_of(module))
         elif not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1 or not self._is_model(module):
             return
         elif step is not None:
@@ -353,7 +353,8 @@ class watch:
             held = held_by(optimizer)
             if self._attached is None or held.isdisjoint(map(id, self._attached.parameters())):
                 self._stepped_elsewhere |= held
-                if self._step is not None and not self._known and optimizer not in self._strangers:
+                # One that steps without a gradient was made for what the loop does not train.
+                if self._step is not None and not self._known and is_idle(optimizer):
                     self._strangers.append(optimizer)
             elif self._step is not None:
                 self._step.optimized = True
@@ -363,9 +364,9 @@ class watch:
     def _end_step(self, exc: BaseException | None = None) -> None:
         self._take_scaler()
         if self._attached is not None:
-            alike = [optimizer for optimizer in self._strangers if is_like(optimizer, self._attached)]
+            alike = {id(one): one for one in self._strangers if is_like(one, self._attached)}
             if alike:
-                self._checker.optimized_by(alike)
+                self._checker.optimized_by(alike.values())
         self._strangers = []
         step, self._step = self._step, None
         if step is not None:
@@ -392,7 +393,7 @@ def _swallowed(exc: BaseException | None) -> Exception | None:
     """The error that a launcher showed in its own way before it left by ``sys.exit``, as Hydra does."""
     if not isinstance(exc, SystemExit) or exc.code in (None, 0):
         return None
-    error = exc.__cause__ or exc.__context__
+    error = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
     return error if isinstance(error, Exception) else None
 
 

@@ -78,8 +78,7 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
         region.enabled and region.is_for(model.device_type) and region.index not in around_calls
         for region in step.regions
     )
-    # What is entered around the loss was meant for the model.
-    doubtful = around_nothing or model.compiled or (not precision.explicit and not only_losses)
+    doubtful = around_nothing or model.compiled or not precision.explicit
     yield Evidence(
         f"{asked}, but none of the {count(calls, 'module call')} of the training step ran under autocast"
         f"{f', only {some(only_losses)}' if only_losses else ''}."

@@ -1,4 +1,3 @@
-from collections import Counter
 from collections.abc import Iterator
 
 from ampcheck.precision import LOW_PRECISION
@@ -48,7 +47,7 @@ def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
     if not optimizers or not parameters:
         return
     if any(optimizer.of_model for optimizer in optimizers):
-        yield from _replaced(optimizers, parameters)
+        yield from _replaced(trace, optimizers, parameters)
         return
     master_copies = all(set(optimizer.dtypes) == {"float32"} for optimizer in optimizers)
     if master_copies and all(parameter.dtype in LOW_PRECISION for parameter in parameters):
@@ -65,12 +64,14 @@ def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
     )
 
 
-def _replaced(optimizers: list[OptimizerInfo], parameters: list[TensorInfo]) -> Iterator[Evidence]:
+def _replaced(trace: Trace, optimizers: list[OptimizerInfo], parameters: list[TensorInfo]) -> Iterator[Evidence]:
     """Part of the model was replaced after the optimizer was made, which holds as many parameters of what was there."""
     held = frozenset[str]().union(*(optimizer.names for optimizer in optimizers))
     missing = [parameter for parameter in parameters if parameter.name not in held]
     others = [shape for optimizer in optimizers for shape in optimizer.others]
-    if not missing or Counter(map(len, others)) != Counter(len(parameter.shape) for parameter in missing):
+    called = {call.module for call in trace.training.forward} if trace.training is not None else set()
+    used = all(parameter.name.rpartition(".")[0] in called for parameter in missing)
+    if not missing or not used or not _alike([parameter.shape for parameter in missing], others):
         return
     names = [parameter.name for parameter in missing]
     yield Evidence(
@@ -80,3 +81,14 @@ def _replaced(optimizers: list[OptimizerInfo], parameters: list[TensorInfo]) -> 
         severity=Severity.WARNING,
         fix="Create the optimizer from `model.parameters()` after the last change to the model's modules.",
     )
+
+
+def _alike(shapes: list[tuple[int, ...]], others: list[tuple[int, ...]]) -> bool:
+    """Whether there are as many of each, which differ by one dimension at most: a layer for other classes."""
+    ordered = zip(sorted(shapes, key=_order), sorted(others, key=_order), strict=False)
+    near = all(len(a) == len(b) and sum(m != n for m, n in zip(a, b, strict=True)) <= 1 for a, b in ordered)
+    return len(shapes) == len(others) and near
+
+
+def _order(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    return len(shape), tuple(sorted(shape))

@@ -74,7 +74,10 @@ class _Alias:
     @property
     def changed_content(self) -> bool:
         """Whether a write changed the content, where that is compared."""
-        return self._total is not None and self.written and bool(self._total() != self._total_before)
+        if self._total is None or not self.written:
+            return False
+        now, before = self._total(), self._total_before
+        return bool(now != before and (now == now or before == before))
 
     def died(self) -> None:
         """Record that the alias is gone. If it was not written to, views of it may still exist."""
@@ -303,12 +306,12 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def _total(reference: weakref.ref[torch.Tensor]) -> Any:
-    """The sum of a parameter's elements, as a tensor, which nobody waits for; zero once the parameter is gone."""
+    """The sum of a parameter's elements, as a tensor, which nobody waits for; zero where it is gone, or has none."""
     parameter = reference()
-    if parameter is None:
-        return 0
-    with alone():
-        return parameter.detach().sum()
+    # Some dtypes have no kernel for it.
+    with contextlib.suppress(RuntimeError), alone():
+        return 0 if parameter is None else parameter.detach().sum()
+    return 0
 
 
 def data_property(descriptor: Any, listeners: list[Any]) -> property:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 from array import array
@@ -128,16 +129,17 @@ class GraphLog:
     @functools.cached_property
     def _others(self) -> dict[int, tuple[str, bool]]:
         """The parameters and buffers of all other modules, by their outermost module's class and their name there."""
-        modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
-        parts = {id(part) for one in modules for part in one.modules() if part is not one}
-        return {
-            key: (f"{type(one).__name__}.{plain_name(name)}", buffer)
-            for one in modules
-            if id(one) not in parts
-            for buffer, tensors in ((True, one.named_buffers()), (False, one.named_parameters()))
-            for name, tensor in tensors
-            if (key := storage_key(tensor)) is not None
-        }
+        modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module) and "_modules" in vars(one)]
+        found: dict[int, tuple[str, bool]] = {}
+        for one in sorted(modules, key=lambda module: sum(1 for _ in nn.Module.modules(module))):
+            for buffer, named in ((True, nn.Module.named_buffers), (False, nn.Module.named_parameters)):
+                # A module may be half built.
+                with contextlib.suppress(Exception):
+                    for name, tensor in named(one):
+                        key = storage_key(tensor)
+                        if key is not None:
+                            found[key] = f"{type(one).__name__}.{plain_name(name)}", buffer
+        return found
 
     def wrote(self, key: int, write: Overwrite) -> None:
         self.written.setdefault(key, []).append(write)
