@@ -5,15 +5,23 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 from ampcheck.rules.rule import Edit
 from ampcheck.trace import Site
 
-# The result of these methods does not depend on what they overwrite: they have no twin without the underscore.
+# These methods have no twin without the underscore, or one that does something else.
 _NO_TWIN = re.compile(
-    "(bernoulli|cauchy|copy|exponential|fill|geometric|index_put|log_normal|normal|random|set|uniform|zero)_"
+    "(apply|bernoulli|cauchy|copy|exponential|fill|fill_diagonal|geometric|index_put|log_normal|map|normal|random|resize"
+    "|set|swapdims|uniform|zero|(trunc_normal|constant|ones|eye|dirac|orthogonal|(xavier|kaiming)_\\w+))_"
 )
+# What these return shares the memory of what they are called on.
+_VIEWS = re.compile(
+    "view|view_as|reshape|flatten|squeeze|unsqueeze|t|transpose|permute|movedim|swapaxes|select|narrow|diagonal|expand"
+    "|unfold|as_strided|detach|contiguous|T|mT|H|mH|real|imag|data"
+)
+_FUNCTIONS = frozenset({"torch", "F", "nn", "functional", "init"})
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
 _ATOMS = (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant)
 _TIGHT = (ast.Mult, ast.Div, ast.MatMult, ast.FloorDiv, ast.Mod, ast.Pow)
 
@@ -81,15 +89,32 @@ class _Line:
             return self._to_copy(statement.targets[0])
         for call in self._writing_calls(op):
             if any(keyword.arg == "out" for keyword in call.keywords):
-                return self._without_out(call)
+                return self._without_out(call, whole=whole)
             if any(_is_inplace(keyword) for keyword in call.keywords):
-                return self._without_inplace(call)
-            written = _written(call)
-            part = isinstance(written, ast.Subscript) and not whole
-            if written is None or part or any(_NO_TWIN.fullmatch(_name(link)) for link in _chain(call)):
-                return self._to_copy(_begins_with(call) if written is None else written)
-            return self._assigned(call, written, self._without_underscores(call))
+                return self._without_inplace(call, whole=whole)
+            if _is_ambiguous(call):
+                continue
+            base, through = _written(call)
+            twins = not any(_NO_TWIN.fullmatch(_name(link)) for link in _chain(call))
+            if through == "fresh":
+                return self._replaced(call, self._without_underscores(call)) if twins else None
+            if through == "view" or not twins or not self._is_whole(base, whole=whole):
+                return self._to_copy(base)
+            return self._assigned(call, base, self._without_underscores(call))
         return None
+
+    @staticmethod
+    def _is_whole(target: ast.expr, *, whole: bool) -> bool:
+        """Whether a name or an item is given another tensor by an assignment, where an item of a tensor is not."""
+        if isinstance(target, ast.Attribute):
+            return _VIEWS.fullmatch(target.attr) is None
+        if not isinstance(target, ast.Subscript):
+            return isinstance(target, ast.Name)
+        index = target.slice.elts if isinstance(target.slice, ast.Tuple) else [target.slice]
+        sliced = any(
+            isinstance(one, ast.Slice) or (isinstance(one, ast.Constant) and one.value is ...) for one in index
+        )
+        return whole and not sliced and not _is_data(target.value)
 
     def copied_argument(self, called: str) -> str | None:
         calls = [node for node in ast.walk(self._statement) if isinstance(node, ast.Call) and _name(node) == called]
@@ -108,10 +133,8 @@ class _Line:
 
     def _augmented(self, statement: ast.AugAssign, *, whole: bool) -> str | None:
         target = _without_data(statement.target)
-        if isinstance(target, ast.Subscript) and (not whole or _is_data(target.value)):
+        if not self._is_whole(target, whole=whole):
             return self._to_copy(target)
-        if not isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
-            return None
         name, value = self._text(target), self._text(statement.value)
         if not _binds_tighter(statement.value, statement.op):
             value = f"({value})"
@@ -121,24 +144,33 @@ class _Line:
     def _to_copy(self, written: ast.expr) -> str | None:
         """Two lines: make a copy, and write to it."""
         base = _without_data(written)
-        while isinstance(base, ast.Subscript):
+        # An item of an item may be of a list or of a tensor.
+        if isinstance(base, ast.Subscript):
             base = _without_data(base.value)
-        if not isinstance(base, (ast.Name, ast.Attribute)):
+        while isinstance(base, ast.Attribute) and _VIEWS.fullmatch(base.attr):
+            base = base.value
+        if not isinstance(base, (ast.Name, ast.Attribute)) or getattr(base, "id", "") in ("self", "cls"):
             return None
         name = self._text(base)
         return f"{name} = {name}.clone()\n{self._without_data_of(base)}"
 
-    def _without_out(self, call: ast.Call) -> str | None:
+    def _without_out(self, call: ast.Call, *, whole: bool) -> str | None:
         out = next(keyword for keyword in call.keywords if keyword.arg == "out")
         target = _without_data(out.value)
+        if not self._is_whole(target, whole=whole):
+            return self._to_copy(target)
         return self._assigned(call, target, self._dropped(call, out))
 
-    def _without_inplace(self, call: ast.Call) -> str | None:
+    def _without_inplace(self, call: ast.Call, *, whole: bool) -> str | None:
         keyword = next(keyword for keyword in call.keywords if _is_inplace(keyword))
-        given = _without_data(call.args[0]) if call.args else None
+        given = next((one.value for one in call.keywords if one.arg == "input"), call.args[0] if call.args else None)
         made = self._dropped(call, keyword)
-        named = isinstance(given, (ast.Name, ast.Attribute, ast.Subscript))
-        return self._assigned(call, given, made) if given is not None and named else self._replaced(call, made)
+        target = _without_data(given) if given is not None else None
+        if not isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
+            return self._replaced(call, made)
+        if not self._is_whole(target, whole=whole):
+            return self._to_copy(target)
+        return self._assigned(call, target, made)
 
     def _assigned(self, call: ast.Call, target: ast.expr, made: str) -> str | None:
         """The statement with ``made`` in place of ``call``, and its result assigned to ``target``."""
@@ -151,18 +183,24 @@ class _Line:
         if isinstance(statement, ast.Expr) and call is statement.value:
             return self._replaced(call, f"{name} = {made}")
         if isinstance(statement, ast.Assign) and call is statement.value:
-            same = [self._text(one) for one in statement.targets] == [name]
-            return self._replaced(call, made if same else f"{name} = {made}")
+            names = [self._text(_without_data(one)) for one in statement.targets]
+            if names == [name]:
+                return f"{name} = {made}{self._after(statement)}"
+            return self._replaced(call, f"{name} = {made}")
+        if self._is_in_comprehension(call):
+            return self._replaced(call, made)
         return self._replaced(call, f"({name} := {made})") if isinstance(target, ast.Name) else None
+
+    def _is_in_comprehension(self, call: ast.Call) -> bool:
+        """Where a name cannot be assigned to."""
+        around = (node for node in ast.walk(self._statement) if isinstance(node, _COMPREHENSIONS))
+        return any(node is call for one in around for node in ast.walk(one))
 
     def _without_underscores(self, call: ast.Call) -> str:
         """A chain of calls with each call replaced by its twin, without a leading ``.data``."""
-        cuts: list[tuple[int, int]] = []
-        for link in _chain(call):
-            end = self._end(link.func)
-            if _is_in_place_name(_name(link)):
-                cuts.append((end - 1, end))
-        node = _begins_with(call)
+        links = list(_chain(call))
+        cuts = [(self._end(link.func) - 1, self._end(link.func)) for link in links]
+        node = _worked_on(links[-1])
         if _is_data(node):
             cuts.append((self._end(node.value), self._end(node)))
         return self._cut(self._start(call), self._end(call), cuts)
@@ -229,34 +267,44 @@ def _name(call: ast.Call) -> str:
     return call.func.attr if isinstance(call.func, ast.Attribute) else ""
 
 
-def _worked_on(call: ast.Call) -> ast.expr:
-    """What a method is called on, or the first argument of a function that writes to it, such as ``F.relu_(x)``."""
+def _root(call: ast.Call) -> str:
     root: ast.expr = call.func
     while isinstance(root, ast.Attribute):
         root = root.value
-    if isinstance(root, ast.Name) and root.id in ("torch", "F", "nn", "functional") and call.args:
+    return root.id if isinstance(root, ast.Name) else ""
+
+
+def _is_ambiguous(call: ast.Call) -> bool:
+    """Whether ``Fn.relu_(x)`` may be a function of a module or a method of a tensor."""
+    root = _root(call)
+    return len(root) > 1 and root[0].isupper() and bool(call.args)
+
+
+def _worked_on(call: ast.Call) -> ast.expr:
+    """What a method is called on; of a function that writes to its first argument, ``F.relu_(x)``, that."""
+    if _root(call) in _FUNCTIONS and call.args:
         return call.args[0]
     return call.func.value if isinstance(call.func, ast.Attribute) else call.func
 
 
 def _chain(call: ast.Call) -> Iterator[ast.Call]:
-    """The calls of a chain, ``x.mul_(2).add_(1)``, the last first."""
+    """The calls of a chain that write, ``x.mul_(2).add_(1)``, the last first."""
     node: ast.expr = call
-    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_in_place_name(node.func.attr):
         yield node
         node = _worked_on(node)
 
 
-def _begins_with(call: ast.Call) -> ast.expr:
-    """What a chain of calls begins with: ``x`` of ``x.view(-1).mul_(2)``."""
-    return _worked_on(list(_chain(call))[-1])
-
-
-def _written(call: ast.Call) -> ast.expr | None:
-    """What a chain begins with, if all its calls write to it."""
-    base = _without_data(_begins_with(call))
-    named = isinstance(base, (ast.Name, ast.Attribute, ast.Subscript))
-    return base if named and all(_is_in_place_name(_name(link)) for link in _chain(call)) else None
+def _written(call: ast.Call) -> tuple[ast.expr, Literal["name", "view", "fresh"]]:
+    """What a chain writes to: a name or an item, what a view is of, or a value that has no name yet."""
+    links = list(_chain(call))
+    node = _without_data(_worked_on(links[-1]) if links else call)
+    through: Literal["name", "view"] = "name"
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _VIEWS.fullmatch(node.func.attr):
+        if _root(node) in _FUNCTIONS:
+            break
+        node, through = _without_data(node.func.value), "view"
+    return (node, through) if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)) else (node, "fresh")
 
 
 def _without_data(node: ast.expr) -> ast.expr:
