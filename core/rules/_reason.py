@@ -91,7 +91,8 @@ def _by_policy(trace: Trace, operation: FailedOperation) -> Why | None:
     elif stored.dtype == "float32" and (policy is None or policy.dtype is None):
         lacks = f"{owner} is sharded without a policy" if policy is not None else f"no policy covers {module}"
         words = f"{lacks}, so {stored.name} stays float32 and nothing casts its inputs"
-        way = f"Pass the `mp_policy=` of the rest to `fully_shard(...)` of {owner if policy else module}, or {cast}"
+        missing = owner if policy is not None else module
+        way = f"Pass the `mp_policy=` of the rest to `fully_shard(...)` of {missing}, or cast the input: {cast}"
     else:
         return None
     return Why("sharding-policy", words, None, f"{way}.")

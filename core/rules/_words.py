@@ -22,8 +22,8 @@ def attribute(name: str) -> str:
 
 
 def cast_of(operand: FailedOperand, method: str) -> str:
-    """```x.float()``` to paste, or words for an operand whose expression in the failing line is not known."""
-    known = operand.device is not None and not operand.stored
+    """```x.float()``` to paste, or words for an operand whose expression in the user's line is not known."""
+    known = operand.device is not None and not operand.stored and not operand.library
     return f"`{operand.name}{method}`" if known else f"`{method}` on {operand.name}"
 
 

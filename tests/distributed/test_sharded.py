@@ -64,7 +64,7 @@ def test_modules_without_the_policy_are_named(ranks: list[dict[str, Any]], case:
     assert (finding["code"], finding["severity"]) == ("AMP111", "warning")
     assert finding["evidence"]["modules"] == OUTSIDE[case]
     assert finding["evidence"]["computed"] == ["float32"]
-    assert "is sharded without a policy; 4 calls had bfloat16 ones." in finding["message"]
+    assert "is sharded without a policy; 4 calls had bfloat16 parameters." in finding["message"]
 
 
 def test_autocast_in_another_dtype_than_the_policy(ranks: list[dict[str, Any]]) -> None:
@@ -77,8 +77,8 @@ def test_autocast_in_another_dtype_than_the_policy(ranks: list[dict[str, Any]]) 
 @pytest.mark.parametrize(
     ("case", "why", "fix"),
     [
-        ("block-without-dies", "`blocks.1` is sharded without a policy", "Give `fully_shard(...)` the `mp_policy=`"),
-        ("inputs-not-cast", "cast_forward_inputs=False leaves its inputs", "Drop `cast_forward_inputs=False`"),
+        ("block-without-dies", "`blocks.1` is sharded without a policy", "Pass the `mp_policy=` of the rest"),
+        ("inputs-not-cast", "cast_forward_inputs=False does not cast its inputs", "Remove `cast_forward_inputs=False`"),
     ],
 )
 def test_a_crash_is_explained_by_the_policy(ranks: list[dict[str, Any]], case: str, why: str, fix: str) -> None:

@@ -181,7 +181,7 @@ def test_hand_written_convolution_in_mmengine(runner: Callable[..., Any], since:
     assert operands(finding) == {"x": "float16", "mix.weight": "float16", "mix.bias": "float32"}
     assert finding.evidence["reason"] == "autocast-disabled-here"
     assert failure(seen).step == since
-    assert finding.fix.startswith("Cast self.bias as the others are: `.to(x.dtype)`, or leave the region at ")
+    assert finding.fix.startswith("Cast self.bias like the others: `.to(x.dtype)`, or remove the region at ")
 
 
 @pytest.mark.parametrize("remedy", [1, 2])
@@ -329,7 +329,7 @@ def test_wavelets_with_autocast_off_in_ultralytics(yolo: Callable[..., Any], sin
     assert lines(finding, "call") == ["haar off"]
     assert operands(finding) == {"x": "bfloat16", "model.1.dwt.filters": "float32"}
     assert finding.evidence["reason"] == "autocast-disabled-here"
-    assert finding.fix.startswith("Cast to float32 before it: `x.float()`, or leave the region at ")
+    assert finding.fix.startswith("Cast to float32 first: `x.float()`, or remove the region at ")
 
 
 @pytest.mark.parametrize("since", [0, 2])
@@ -509,8 +509,8 @@ def test_autocast_kwargs_that_differ_in_evaluation_in_lightning(fit: Callable[..
     assert finding.evidence["training"] == "bfloat16"
     assert finding.evidence["evaluation"] == "float16"
     assert "net.layers.1" in finding.evidence["modules"]
-    assert finding.fix.startswith("Run training and evaluation inside the same `torch.autocast(...)`")
-    assert "drop `autocast` from the module" in finding.host_fix
+    assert finding.fix.startswith("Run training and evaluation under the same `torch.autocast(...)`")
+    assert "Remove `autocast` from the module" in finding.host_fix
 
     repaired = checker()
     fit(repaired, AmpKwargs(training, training))

@@ -235,8 +235,8 @@ def test_dropout_in_place_on_a_timm_backbone(since: int, options: dict[str, Any]
     assert finding["evidence"]["node"] == "ReluBackward0"
     assert finding["evidence"]["slot"] == "result"
     note = note_of(error)
-    assert "Drop `inplace=True` at test_replay_lightning.py:" in note
-    assert "lightning Lightning runs backward after `training_step` has returned" in note
+    assert "Write `x = F.dropout(x, 0.2, training=self.training)` at test_replay_lightning.py:" in note
+    assert "lightning Do not write in place before `training_step` returns" in note
     assert callback.checker.report is not None
     assert callback.checker.report.to_dict()["failure"]["step"] == since - 1
 
@@ -351,7 +351,7 @@ def test_dtype_crash_at_a_later_step() -> None:
     assert finding["evidence"]["reason"] == "autocast-disabled-here"
     assert finding["module"] == "net.head"
     assert "net.fc" in note_of(error)
-    assert "covers `training_step` and the other `*_step` methods alone" in note_of(error)
+    assert "covers only `training_step` and the other `*_step` methods" in note_of(error)
 
 
 @pytest.fixture
@@ -396,7 +396,7 @@ def test_batch_that_cannot_be_had_again() -> None:
 
     callback = AmpCheck()
     error, _, module = died(lambda: Fetching(Small(3)), callback)
-    assert "Which line wrote was not seen" in note_of(error)
+    assert "by a write that AmpCheck did not see" in note_of(error)
     assert module.steps == 3
 
 

@@ -197,8 +197,10 @@ def test_dropout_in_place_on_a_timm_backbone(build: Build, since: int, optim_wra
     assert sites["save"]["code"] == "x = self.backbone(upscaled(images, 32))"
     assert sites["save"]["module"] == "backbone.norm_head.act"
     assert (finding["evidence"]["node"], finding["evidence"]["slot"]) == ("ReluBackward0", "result")
-    assert re.search(r"Drop `inplace=True` at \S*test_replay_mmengine\.py:\d+\.", note)
-    assert "mmengine Where an activation writes, set `inplace=False` in the `act_cfg` of its block" in note
+    assert re.search(
+        r"Write `x = F\.dropout\(x, 0\.2, training=self\.training\)` at \S*test_replay_mmengine\.py:\d+\.", note
+    )
+    assert "mmengine If an activation writes, set `inplace=False` in the `act_cfg` of its block" in note
 
 
 @MODELS.register_module()
@@ -289,7 +291,7 @@ def test_step_between_forward_and_backward(build: Build) -> None:
     assert sites["write"]["code"] == 'optim_wrapper["head"].update_params(other)'
     assert "self.head(" in sites["save"]["code"]
     assert finding["evidence"]["parameters"] == ["head.weight"]
-    assert "In a `train_step` of your own" in note
+    assert "In your own `train_step`" in note
 
 
 def test_dtype_crash_at_a_later_step(build: Build) -> None:

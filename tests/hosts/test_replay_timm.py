@@ -205,7 +205,7 @@ def test_a_loop_that_names_its_batch_otherwise_gets_what_the_frames_tell() -> No
     error = run.train(script)
     finding = failure_of(run.checker)
     assert finding.code == "AMP401"
-    assert "was not seen" in finding.message
+    assert "AmpCheck did not see" in finding.message
     assert "AMP401" in note_of(error)
     assert run.states[0] == run.states[1]
 

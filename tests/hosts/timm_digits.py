@@ -120,5 +120,5 @@ def names_the_dropout_line(finding: Finding, *, module: str = "") -> None:
     assert save.module == f"{module}backbone.norm_head.act"
     assert save.node is not None
     assert save.node.startswith("ReluBackward")
-    assert finding.fix.startswith("Drop `inplace=True` at ")
+    assert finding.fix.startswith("Write `x = F.dropout(x, 0.2, self.training)` at ")
     assert f"{Path(__file__).name}:{write.line}" in finding.fix

@@ -316,6 +316,9 @@ class TestDtypeMismatch:
         double = operand("head.scale", "float64", 4, stored="buffer")
         finding = only(failed(DtypeMismatch(operation(operand("y", "float64", 4), double, WEIGHT, regions=on))))
         assert finding.fix == "Cast to float32 first, or where it is made: `y.float()`, `.float()` on head.scale."
+        inside = operand("input", "float32", 2, 4, library=True)
+        weight = operand("head.weight", "float16", 4, 4, stored="parameter")
+        assert only(failed(DtypeMismatch(operation(inside, weight)))).fix.endswith("`.to(torch.float16)` on input.")
         told = tuple(operand(name, dtype, device=None) for name, dtype in (("mat1", "float16"), ("mat2", "float32")))
         assert only(failed(DtypeMismatch(operation(*told)))).fix == "Cast to float32 first: `.float()` on mat1."
 
