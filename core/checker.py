@@ -22,6 +22,7 @@ from torch import nn
 
 from ampcheck.failure import examine
 from ampcheck.observe.again import FailedAgain
+from ampcheck.observe.edited import Edited, keeps_effect
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
@@ -322,7 +323,7 @@ class AmpChecker:
             return None
         try:
             steps = functools.partial(self._failed_steps, error, batch)
-            return again.runs_with((edit.file, edit.line, edit.before, edit.after), steps, failed)
+            return again.runs_with(Edited(edit.file, edit.line, edit.before, edit.after), steps, failed)
         except Exception as fault:  # noqa: BLE001 - the remedy is then one that was not tried
             bare(fault)
             return None
@@ -349,8 +350,20 @@ class AmpChecker:
         # Precision may differ from step to step on purpose: what a replay shows of it explains the failure alone.
         of_the_run = trace if watched is None else replace(trace, training=watched)
         findings, not_judged = judge(of_the_run, self._rules, failed=trace)
-        self._run.report = Report(trace, tuple(_tried(finding, runs_with) for finding in findings), not_judged)
+        tried = tuple(self._tried(finding, runs_with) for finding in findings)
+        self._run.report = Report(trace, tried, not_judged)
         return self._run.report
+
+    def _tried(self, finding: Finding, runs_with: Callable[[Edit], bool | None] | None = None) -> Finding:
+        """``finding`` with its edit tried; with the rule's own fix where the step does not run with the edit."""
+        edit = finding.edit
+        if edit is None:
+            return finding
+        tried = runs_with(edit) if runs_with is not None else None
+        if tried is not False and keeps_effect(edit.file, edit.line, edit.after):
+            return replace(finding, tried=tried)
+        fix = next((rule.fix for rule in self._rules if rule.code == finding.code), "")
+        return replace(finding, fix=fix, edit=None, tried=False if tried is False else None)
 
     def detach(self) -> None:
         """Remove everything and let go of the model. Report once what could not be judged. May be called again."""
@@ -459,7 +472,8 @@ class AmpChecker:
 
     def _judge(self, stage: str, line: Line, *, quiet: bool = False) -> None:
         run = self._run
-        report = Report(run.trace, *judge(run.trace, self._rules))
+        findings, not_judged = judge(run.trace, self._rules)
+        report = Report(run.trace, tuple(map(self._tried, findings)), not_judged)
         run.report = run.teller.tell(stage, report, line, quiet=quiet)
 
     def _enforce(self) -> None:
@@ -475,11 +489,3 @@ def _explains(graph: GraphTrace, failure: Failure) -> bool:
     if isinstance(failure.facts, SavedTensorModified):
         return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
     return bool(graph.cut) if isinstance(failure.facts, NoGraph) else True
-
-
-def _tried(finding: Finding, runs_with: Callable[[Edit], bool | None]) -> Finding:
-    """``finding`` with its remedy tried, and without it where the step does not run with it."""
-    tried = runs_with(finding.edit) if finding.edit is not None else None
-    if tried is False:
-        return replace(finding, fix="", edit=None, tried=False)
-    return replace(finding, tried=tried) if tried else finding

@@ -6,29 +6,32 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ampcheck.observe.edited import CannotEdit, edited
+from ampcheck.observe.edited import CannotEdit, Edited
 from ampcheck.observe.probes.losses import LossProbe
-from ampcheck.observe.replay import replay
+from ampcheck.observe.replay import Replay, replay
 from ampcheck.observe.step import WatchedStep
-from ampcheck.trace import GraphTrace, Seen
+from ampcheck.trace import GraphTrace, Seen, StepTrace
 
 Step = Callable[[], object]
-# Out of place an operation may give another dtype than the tensor that it wrote to.
-_TOLERANCE = 0.02
+Shown = tuple[StepTrace, GraphTrace | None, Sequence[float]]
+# Out of place an operation may give a higher dtype than the tensor that it wrote to.
+_EXACT, _LOW_PRECISION = 1e-6, 0.02
 
 
 class FailedAgain(NamedTuple):
     """What a replay of a failing step showed. ``step`` is the step's place among those that were handed in, where it
-    failed in the same way; ``losses`` are what its backward passes began with."""
+    failed in the same way; ``losses`` are what its backward passes began with, ``seed`` what its random numbers were
+    drawn from."""
 
     seen: Seen
     step: int | None
     losses: Sequence[float]
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,11 @@ class Again:
         """
         found: FailedAgain | None = None
         for index, step in enumerate(steps):
-            seen, failed_again, losses = self._once(step, error)
-            if failed_again or found is None:
-                found = FailedAgain(seen, index if failed_again else None, losses)
-            if failed_again and seen.graph is not None and explains(seen.graph):
+            seen, outcome = self._once(step, error)
+            if outcome.went_alike or found is None:
+                losses = outcome.seen[2] if outcome.seen is not None else ()
+                found = FailedAgain(seen, index if outcome.went_alike else None, losses, outcome.seed)
+            if outcome.went_alike and seen.graph is not None and explains(seen.graph):
                 break
         return found
 
@@ -63,19 +67,17 @@ class Again:
         graphs = (self._once(step, None)[0].graph for step in steps)
         return next((replace(one, replay=None) for one in graphs if one and (one.stale or one.unchecked)), None)
 
-    def runs_with(
-        self, edit: tuple[str, int, str, str], steps: Callable[[], Iterable[Step]], failed: FailedAgain
-    ) -> bool | None:
-        """Whether the step that failed again runs with ``edit`` (file, line, what stands there, what to write), and
-        computes the same loss. ``None``: it could not be tried."""
+    def runs_with(self, edit: Edited, steps: Callable[[], Iterable[Step]], failed: FailedAgain) -> bool | None:
+        """Whether the step that failed again runs with ``edit``, with the same random numbers, and computes the same
+        loss. ``None``: it could not be tried, or runs and has no loss to compare."""
         if failed.step is None:
             return None
+        probe = LossProbe()
         try:
-            with edited(*edit):
+            with edit:
                 step = next(islice(steps(), failed.step, None), None)
                 if step is None:
                     return None
-                probe = LossProbe()
                 outcome = replay(
                     step,
                     lambda raised: probe.values,
@@ -84,16 +86,23 @@ class Again:
                     probes=lambda: probe,
                     optimizers=self.optimizers,
                     scaler=self.scaler,
+                    seed=failed.seed,
                 )
         except CannotEdit:
             return None
         if outcome.seen is None:
             return None
-        pairs = zip(failed.losses, outcome.seen, strict=False)
-        same = all(math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=1e-6) for one, other in pairs)
-        return outcome.went_alike and same and len(outcome.seen) >= len(failed.losses)
+        if not outcome.went_alike:
+            return False
+        tolerance = _LOW_PRECISION if self._is_low_precision(failed) else _EXACT
+        pairs = list(zip(failed.losses, outcome.seen, strict=False))
+        return all(_close(one, other, tolerance) for one, other in pairs) if pairs else None
 
-    def _once(self, step: Step, error: Exception | None) -> tuple[Seen, bool, Sequence[float]]:
+    def _is_low_precision(self, failed: FailedAgain) -> bool:
+        autocast = failed.seen.step is not None and bool(failed.seen.step.in_force)
+        return autocast or any(parameter.element_size() < 4 for parameter in self.model.parameters())
+
+    def _once(self, step: Step, error: Exception | None) -> tuple[Seen, Replay[Shown]]:
         runs: list[WatchedStep] = []
 
         def probes() -> WatchedStep:
@@ -101,9 +110,9 @@ class Again:
                 "training", self.model, self.device_type, lambda *_: None, replayed=True, changed=self.changed
             )
             runs.append(step)
-            return runs[-1]
+            return step
 
-        def examine(raised: BaseException | None) -> tuple[Any, GraphTrace | None, Sequence[float]]:
+        def examine(raised: BaseException | None) -> Shown:
             return runs[-1].trace(), runs[-1].graph(raised), runs[-1].losses
 
         outcome = replay(
@@ -115,6 +124,9 @@ class Again:
             optimizers=self.optimizers,
             scaler=self.scaler,
         )
-        shown, graph, losses = outcome.seen or (None, None, ())
-        seen = Seen("training", shown, replace(graph or GraphTrace(), replay=outcome.said))
-        return seen, outcome.went_alike, losses
+        shown, graph, _ = outcome.seen or (None, None, ())
+        return Seen("training", shown, replace(graph or GraphTrace(), replay=outcome.said)), outcome
+
+
+def _close(one: float, other: float, tolerance: float) -> bool:
+    return math.isclose(one, other, rel_tol=tolerance) or (math.isnan(one) and math.isnan(other))

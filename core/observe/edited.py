@@ -2,54 +2,139 @@
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import gc
 import linecache
+import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from traceback import walk_stack
+from types import CodeType, FunctionType, TracebackType
+from typing import Any, TypeGuard
 
 from ampcheck.source.lines import is_library
 
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_LOOPS = (ast.For, ast.AsyncFor, ast.While)
+
 
 class CannotEdit(Exception):
-    """The line cannot be edited: its source is not here, is an installed package's, or is no statement of its own."""
+    """The edit cannot be tried: its line is not here, or belongs to an installed package, or to code that cannot be
+    exchanged."""
 
 
-@contextlib.contextmanager
-def edited(file: str, line: int, before: str, after: str) -> Iterator[None]:
-    """Run the functions that are defined around a line as if it read ``after`` in place of ``before``. Source that is
-    read meanwhile reads so too. Raises ``CannotEdit`` ahead of the block."""
-    if is_library(file):
-        raise CannotEdit(file)
-    lines = linecache.getlines(file)
-    stands = lines[line - 1] if line <= len(lines) else ""
-    if not before or stands.strip() != before:
-        raise CannotEdit(before)
-    indent = stands[: len(stands) - len(stands.lstrip())]
-    changed = [*lines[: line - 1], f"{indent}{after.replace(chr(10), '; ')}\n", *lines[line:]]
-    try:
-        code = compile("".join(changed), file, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
-        raise CannotEdit(after) from error
-    made = {(one.co_name, one.co_firstlineno): one for one in _codes_in(code)}
-    exchanged: list[tuple[FunctionType, CodeType]] = []
-    kept = linecache.cache.get(file)
-    try:
-        # Without a time it is not held against the file.
-        linecache.cache[file] = (0, None, changed, file)
-        for function in _functions_around(file, line):
-            new = made.get((function.__code__.co_name, function.__code__.co_firstlineno))
-            if new is not None and new.co_freevars == function.__code__.co_freevars:
-                exchanged.append((function, function.__code__))
-                function.__code__ = new
-        yield
-    finally:
-        for function, own in exchanged:
+class Edited:
+    """Runs functions defined around a line as if it read ``after`` instead of ``before``; source that is read meanwhile
+    reads so too. Entering it raises ``CannotEdit`` and changes nothing then."""
+
+    def __init__(self, file: str, line: int, before: str, after: str) -> None:
+        self._file, self._line, self._before, self._after = file, line, before, after
+        self._exchanged: list[tuple[FunctionType, CodeType]] = []
+        self._cached: list[Any] = []
+
+    def __enter__(self) -> None:
+        file, line = self._file, self._line
+        lines = linecache.getlines(file)
+        stands = lines[line - 1] if line <= len(lines) else ""
+        if is_library(file) or not self._before or stands.strip() != self._before:
+            raise CannotEdit(self._before)
+        if _others_run_the_program():
+            # They would run the edited code too.
+            raise CannotEdit("other threads run the program's code")
+        indent = stands[: len(stands) - len(stands.lstrip())]
+        edited = f"{indent}{self._after.replace(chr(10), '; ')}\n"
+        changed = [*lines[: line - 1], edited, *lines[line:]]
+        try:
+            code = compile("".join(changed), file, "exec", dont_inherit=True)
+        except (SyntaxError, ValueError) as error:
+            raise CannotEdit(self._after) from error
+        codes = list(_codes_in(code))
+        times = Counter(map(_key, codes))
+        made = {_key(one): one for one in codes if times[_key(one)] == 1}
+        functions = _functions_around(file, line)
+        if any(_key(one.__code__) not in made for one in functions):
+            raise CannotEdit("two functions begin on the line")
+        if not functions and _function_around(ast.parse("".join(lines)), line) is not None:
+            raise CannotEdit("the function was not found")
+        self._cached = [linecache.cache[file]] if file in linecache.cache else []
+        try:
+            # Without a modification time, linecache does not compare it with the file.
+            linecache.cache[file] = (0, None, changed, file)
+            for function in functions:
+                new = made[_key(function.__code__)]
+                if new.co_freevars == function.__code__.co_freevars:
+                    self._exchanged.append((function, function.__code__))
+                    function.__code__ = new
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        while self._exchanged:
+            function, own = self._exchanged[-1]
             function.__code__ = own
-        if kept is not None:
-            linecache.cache[file] = kept
+            self._exchanged.pop()
+        if self._cached:
+            linecache.cache[self._file] = self._cached[0]
         else:
-            linecache.cache.pop(file, None)
+            linecache.cache.pop(self._file, None)
+
+
+def keeps_effect(file: str, line: int, after: str) -> bool:
+    """Whether what a line writes is still seen if the line reads ``after``, which gives a name another tensor instead:
+    whether the name is read again, in the function or in a loop around the line. True where the source does not tell.
+    """
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+        (first, *_) = ast.parse(after.strip()).body
+    except (SyntaxError, ValueError):
+        return True
+    targets = first.targets if isinstance(first, ast.Assign) else []
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    if not names:
+        return True
+    scope = _function_around(tree, line) or tree
+    loops = [node for node in ast.walk(scope) if isinstance(node, _LOOPS) and _covers(node, line)]
+    read = [node for node in ast.walk(scope) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    for name in names:
+        lines = [node.lineno for node in read if node.id == name]
+        rebinding = [loop for loop in loops if _is_for(loop) and name in _names_in(loop.target)]
+        end = (rebinding[-1].end_lineno or line) if rebinding else sys.maxsize
+        carried = not rebinding and any(one != line and _covers(loop, one) for loop in loops for one in lines)
+        if carried or any(line < one <= end for one in lines):
+            return True
+    return False
+
+
+def _names_in(node: ast.AST) -> set[str]:
+    return {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+
+
+def _is_for(node: ast.AST | None) -> TypeGuard[ast.For | ast.AsyncFor]:
+    return isinstance(node, (ast.For, ast.AsyncFor))
+
+
+def _covers(node: ast.AST, line: int) -> bool:
+    return getattr(node, "lineno", 0) <= line <= (getattr(node, "end_lineno", 0) or 0)
+
+
+def _function_around(tree: ast.AST, line: int) -> ast.AST | None:
+    """The innermost function that a line is in."""
+    around = [node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS) and _covers(node, line)]
+    return around[-1] if around else None
+
+
+def _others_run_the_program() -> bool:
+    own = threading.get_ident()
+    others = (frame for thread, frame in sys._current_frames().items() if thread != own)
+    return any(not is_library(frame.f_code.co_filename) for other in others for frame, _ in walk_stack(other))
+
+
+def _key(code: CodeType) -> tuple[str, int]:
+    return code.co_name, code.co_firstlineno
 
 
 def _codes_in(code: CodeType) -> Iterator[CodeType]:

@@ -56,11 +56,13 @@ class Replay(Generic[T]):
 
     ``seen`` is what ``examine`` returned (``None``: there was no replay, or it ran out of memory or time),
     ``went_alike`` whether it failed in the same way or, if nothing had failed, ran, and ``said`` both in words.
+    ``seed`` is what the random numbers with which it failed were drawn from (``None``: those of the program).
     """
 
     seen: T | None
     went_alike: bool
     said: str
+    seed: int | None = None
 
 
 def replay(
@@ -72,13 +74,15 @@ def replay(
     probes: Callable[[], AbstractContextManager[Any]],
     optimizers: Iterable[torch.optim.Optimizer] = (),
     scaler: torch.amp.GradScaler | None = None,
+    seed: int | None = None,
 ) -> Replay[T]:
     """Run ``step`` again under ``probes`` and return what ``examine`` makes of it, given what the replay raised.
 
     ``error`` is what the step failed with, ``None`` if it did not fail. ``step`` computes the loss of the failing batch
     the way its host does, on the unwrapped module, and returns it: a tensor, or tensors in lists, tuples and dicts;
     those with a graph are differentiated. It runs no backward pass itself, unless the host leaves that to the user. A
-    step that draws random numbers and does not fail again is repeated a few times with others.
+    step that draws random numbers and does not fail again is repeated a few times with others, drawn from a seed that
+    is returned; ``seed`` is that of an earlier replay.
 
     Afterwards these are as before, bit for bit: parameters, buffers, gradients (the same tensors), optimizers, scaler,
     random states, training and ``requires_grad`` flags, hooks, and plain attributes of modules. No collective is
@@ -96,11 +100,11 @@ def replay(
     own = [(name, getattr(error, name)) for name in names] if error is not None else []
     try:
         run = functools.partial(_run, step, examine, model, probes, list(optimizers), scaler)
-        raised, seen, drew = run(None)
-        for seed in range(_MORE_DRAWS if drew and error is not None and not _alike(raised, error) else 0):
-            again, seen_again, _ = run(seed)
+        raised, seen, drew = run(seed)
+        for other in range(_MORE_DRAWS if drew and error is not None and not _alike(raised, error) else 0):
+            again, seen_again, _ = run(other)
             if _alike(again, error):
-                raised, seen = again, seen_again
+                raised, seen, seed = again, seen_again, other
                 break
     except (MemoryError, torch.OutOfMemoryError):
         return Replay(None, False, "a replay of the failing batch ran out of memory")
@@ -115,7 +119,7 @@ def replay(
     if raised is None:
         return Replay(seen, False, "a replay of the failing batch did not fail")
     if _alike(raised, error):
-        return Replay(seen, True, "a replay of the failing batch failed in the same way")
+        return Replay(seen, True, "a replay of the failing batch failed in the same way", seed)
     return Replay(seen, False, f"a replay of the failing batch failed differently: {_line(raised)}")
 
 

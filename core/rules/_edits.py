@@ -267,6 +267,10 @@ def _name(call: ast.Call) -> str:
     return call.func.attr if isinstance(call.func, ast.Attribute) else ""
 
 
+def _is_slice(index: ast.expr) -> bool:
+    return isinstance(index, ast.Slice) or (isinstance(index, ast.Constant) and index.value is ...)
+
+
 def _root(call: ast.Call) -> str:
     root: ast.expr = call.func
     while isinstance(root, ast.Attribute):

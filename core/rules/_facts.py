@@ -33,15 +33,7 @@ def wants_mixed(trace: Trace) -> bool:
     """Whether mixed precision is declared or, if the user declared nothing, whether a scaler or autocast shows it."""
     precision = trace.precision
     undeclared = precision.mode == "unknown" or not precision.explicit
-    return precision.mixed or (undeclared and (scaling(trace) or bool(in_force(trace.training)) or _enters(trace)))
-
-
-def _enters(trace: Trace) -> bool:
-    """Whether the user's own code enters autocast for the model's device in the training step, around whatever."""
-    model, step = trace.model, trace.training
-    if model is None or step is None:
-        return False
-    return any(region.enabled and region.by_user and region.is_for(model.device_type) for region in step.regions)
+    return precision.mixed or (undeclared and (scaling(trace) or bool(in_force(trace.training))))
 
 
 def casts_by_policy(trace: Trace) -> bool:

@@ -61,7 +61,7 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
         source = f" by {precision.source}" if precision.source else ""
         asked = f"Mixed {precision.dtype or 'precision'} was asked for{source}"
     elif wants_mixed(trace) and any(parameter.dtype == "float32" for parameter in trainable(model)):
-        wanted = "An enabled gradient scaler" if scaling(trace) else "An autocast region"
+        wanted = "An enabled gradient scaler" if scaling(trace) else "Autocast around the loss"
         asked = f"{wanted} shows that mixed precision was wanted"
     else:
         return

@@ -58,10 +58,9 @@ def saved_tensor_modified(trace: Trace) -> Iterator[Evidence]:
     first, *others = stale
     if cause(first) != "write":
         return
-    if first.writes:
-        message = f"{what(first)} was modified in place before backward could use it."
-    else:
-        message = f"{what(first)} was modified before backward could use it, by a write that AmpCheck did not see."
+    message = f"{what(first)} was modified in place before backward could use it."
+    if not first.writes:
+        message += _unseen(trace)
     write = first.writes[0] if first.writes else None
     fix, edit = remedy(trace, first)
     yield Evidence(
@@ -77,13 +76,16 @@ def saved_tensor_modified(trace: Trace) -> Iterator[Evidence]:
 def _from_message(trace: Trace, failure: Failure, facts: SavedTensorModified) -> Evidence:
     """What the exception alone tells."""
     tensor = f"The output of {facts.node}" if facts.node else "A saved tensor"
-    replay = trace.graph.replay if trace.graph is not None and trace.graph.replay else trace.unobserved.get("graph")
     shape = list(facts.shape) if facts.shape is not None else None
     data = {"node": facts.node, "dtype": facts.dtype, "shape": shape}
     return Evidence(
-        f"{tensor} was modified in place before backward could use it. AmpCheck did not see which line wrote"
-        f"{f': {replay}' if replay else ''}.",
+        f"{tensor} was modified in place before backward could use it.{_unseen(trace)}",
         module=failure.module,
         sites=failure.sites[:1],
         data={name: value for name, value in data.items() if value is not None},
     )
+
+
+def _unseen(trace: Trace) -> str:
+    replay = trace.graph.replay if trace.graph is not None and trace.graph.replay else trace.unobserved.get("graph")
+    return f" AmpCheck did not see which line wrote{f': {replay}' if replay else ''}."

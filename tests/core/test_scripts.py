@@ -138,18 +138,6 @@ class TestAutocastAroundTheLoss:
         assert (finding.code, str(finding.severity)) == ("AMP101", "warning")
         assert "only CrossEntropyLoss" in finding.message
 
-    def test_a_loss_function(self) -> None:
-        model = Net()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-        def loss() -> torch.Tensor:
-            x, y = batch()
-            logits = model(x)
-            with bf16():
-                return F.cross_entropy(logits, y)
-
-        assert codes(watched(loop(model, optimizer, loss))) == {"AMP101": "warning"}
-
     def test_the_forward_too(self) -> None:
         model, criterion = Net(), nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
