@@ -26,7 +26,8 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
 
     What it does
         Compares the declared precision with the autocast state at each module call of the watched training step. If
-        no precision is declared, an enabled gradient scaler counts as asking for it. AMP103 reports regions for
+        no precision is declared, an enabled gradient scaler counts as asking for it, and so does autocast around the
+        loss alone. AMP103 reports regions for
         another device type, and regions that PyTorch switched off. It is a warning if mixed precision was a default
         that nobody chose, if a region held no module call but may have been entered inside one, and if the model is
         compiled. A sharded model whose policy casts to low precision needs no autocast.

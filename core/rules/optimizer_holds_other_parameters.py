@@ -17,8 +17,10 @@ def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
     """The optimizer's parameters are not the model's.
 
     What it does
-        Compares, by identity, the parameters in the optimizers with those of the model, and reports only if no
-        optimizer holds any of the model's. Skips optimizers that keep float32 copies of low-precision weights.
+        Compares, by identity, the parameters in the optimizers with those of the model. It is an error if no optimizer
+        holds any of the model's, and a warning if a module was replaced after the optimizer was made: the optimizer
+        holds as many parameters of nearly the same shapes instead. Skips optimizers that keep float32 copies of
+        low-precision weights.
 
     Why is this bad?
         The model never changes. Without a scaler nothing raises; with a scaler the first step fails with `No inf checks

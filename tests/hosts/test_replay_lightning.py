@@ -396,7 +396,7 @@ def test_batch_that_cannot_be_had_again() -> None:
 
     callback = AmpCheck()
     error, _, module = died(lambda: Fetching(Small(3)), callback)
-    assert "by a write that AmpCheck did not see" in note_of(error)
+    assert "AmpCheck did not see which line wrote" in note_of(error)
     assert module.steps == 3
 
 

@@ -634,7 +634,7 @@ class TestSavedTensorModified:
         assert [one["node"] for one in finding.evidence["also_stale"]] == ["ExpBackward0"]
 
     def test_write_that_was_not_seen(self):
-        assert only(died_in_backward(stale())).message.endswith("by a write that AmpCheck did not see.")
+        assert only(died_in_backward(stale())).message.endswith("AmpCheck did not see which line wrote.")
 
     def test_graph_that_was_not_seen(self):
         finding = only(died_in_backward(unobserved={"graph": "the step was not watched"}))
