@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -236,6 +237,4 @@ def log(level: int, text: str) -> None:
 
 
 if __name__ == "__main__":
-    from ampcheck.integrations.commands.timm import main
-
-    main()
+    runpy.run_module("ampcheck.integrations.commands.timm", run_name="__main__")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -243,6 +244,4 @@ class _Fit:
 
 
 if __name__ == "__main__":
-    from ampcheck.integrations.commands.ultralytics import main
-
-    main()
+    runpy.run_module("ampcheck.integrations.commands.ultralytics", run_name="__main__")

@@ -79,3 +79,7 @@ def _run(path: str, args: Sequence[str], session: Session) -> None:
         run_script(path, args, before_main=before_main)
         if wrapped and session.checker.report is None:
             session.checker.nothing_seen("the script called neither train_one_epoch() nor validate()", emit=say)
+
+
+if __name__ == "__main__":
+    main()

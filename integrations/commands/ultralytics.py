@@ -52,3 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(3, f"ampcheck: {error}\n")
     finally:
         model.__init__ = make
+
+
+if __name__ == "__main__":
+    main()
