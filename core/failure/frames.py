@@ -117,7 +117,8 @@ def still_running(exc: BaseException) -> tuple[Frame, ...]:
 
 def _launches(code: CodeType) -> bool:
     """Whether it runs a whole program: what called it is no part of that."""
-    return code.co_name in ("run_script", "run_module") and is_ours(code.co_filename)
+    # Of the frames that launch it, Python 3.10 is shown the outermost alone.
+    return code.co_name in ("run_script", "run_module", "run", "main") and is_ours(code.co_filename)
 
 
 def _frame(running: FrameType, line: int, lasti: int) -> Frame:

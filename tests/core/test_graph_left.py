@@ -58,6 +58,10 @@ def found(change: str) -> Finding:
     return finding
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"),
+    reason="a replay that runs into the same graph leaves its hooks there, and this PyTorch does not show them",
+)
 def test_a_stale_parameter() -> None:
     finding = found("step")
     assert finding.code == "AMP405"
