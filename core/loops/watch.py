@@ -171,8 +171,12 @@ class watch:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        swallowed = _swallowed(exc)
-        failure = swallowed or exc
+        swallowed: Exception | None = None
+        try:
+            swallowed = _swallowed(exc)
+        except Exception as error:  # noqa: BLE001
+            self._give_up(error)
+        failure = exc if swallowed is None else swallowed
         ended = failure is None or isinstance(failure, SystemExit)
         try:
             if failure is not None:

@@ -90,7 +90,7 @@ class Again:
                 )
         except CannotEdit:
             return None
-        if outcome.seen is None:
+        if outcome.seen is None or probe.error is not None:
             return None
         if not outcome.went_alike:
             return False

@@ -150,7 +150,9 @@ class WatchedStep:
 
     def trace(self) -> StepTrace:
         """The calls seen so far. Raises the first error of a probe."""
-        for error in (self._fault, *(probe.error for probe in self._probes)):
+        # Without the losses no remedy can be compared, which is no reason to say nothing else.
+        probes = (probe for probe in self._probes if probe is not self._losses)
+        for error in (self._fault, *(probe.error for probe in probes)):
             if error is not None:
                 raise error
         return StepTrace(

@@ -91,7 +91,7 @@ def export_differs(trace: Trace) -> Iterator[Evidence]:
             _verdict(comparison),
             module=_baked(comparison) or comparison.culprit,
             data={"reason": "baked-constant" if comparison.constants else "unknown", **_numbers(comparison)},
-            fix="Fix the constants that AMP602 reports, and compare again." if comparison.constants else None,
+            fix="Compute inside the graph what was frozen in it, and compare again." if comparison.constants else None,
         )
 
 

@@ -66,6 +66,9 @@ CONTAINS = {
 DETAILS = (
     "checker-AmpChecker._replay.probes",
     "failure/__init__-_message",
+    "observe/again-Again.runs_with",
+    "observe/edited-",
+    "observe/probes/losses-",
     "observe/replay-",
     "observe/probes/aliases-_Alias.",
     "observe/probes/listening-_compilation",

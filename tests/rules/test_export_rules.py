@@ -247,7 +247,7 @@ class TestExportDiffers:
         assert seen["AMP601"].message.endswith(
             " The first module whose output differs is gate. Before it runs attention, whose result is a constant."
         )
-        assert seen["AMP601"].fix == "Fix the constants that AMP602 reports, and compare again."
+        assert seen["AMP601"].fix == "Compute inside the graph what was frozen in it, and compare again."
 
     def test_first_module_that_is_the_constant(self):
         itself = dataclasses.replace(DIFFERS, module="attention", inputs_equal=None)
