@@ -126,6 +126,14 @@ class GraphLog:
                 if key is not None:
                     self.names[key] = (plain_name(name), buffer)
 
+    def _was_made(self, key: int) -> bool:
+        """Whether an op returned a tensor of this storage, as none returns a parameter."""
+        ops = (self.made[event] for event in self.users.get(key, ()))
+        derived = self.derived.get(key)
+        # A view of a parameter, and a write to it, take its storage and return it.
+        made = derived is not None and key not in derived.sources
+        return made or any(key in op.keys[op.taken :] for op in ops)
+
     @functools.cached_property
     def _others(self) -> dict[int, tuple[str, bool]]:
         """The parameters and buffers of all other modules, by their outermost module's class and their name there."""
@@ -223,7 +231,9 @@ class GraphLog:
     ) -> StaleTensor:
         """A stale tensor with its sites. ``key`` is its storage, ``versions`` are the saved and the found one."""
         saved, found = versions
-        known = None if key is None else self.names.get(key) or self._others.get(key)
+        known = None if key is None else self.names.get(key)
+        if known is None and key is not None and not self._was_made(key):
+            known = self._others.get(key)
         name, buffer = known or (None, False)
         stale = StaleTensor(node.name(), slot, dtype, shape, None, None, None, (), saved, found, name, buffer, silent)
         if op is None:
