@@ -36,11 +36,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def compiled_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of ``model`` whose calls enter compiled code."""
-    return [module for module in model.modules() if _runs_compiled(module)]
-
-
 def is_compiled(model: nn.Module) -> bool:
     """Whether any module of the model, or a method set on the model itself, runs through ``torch.compile``."""
     return any(map(_is_compiled_function, vars(model).values())) or any(map(_runs_compiled, model.modules()))

@@ -111,10 +111,7 @@ class _Line:
         if not isinstance(target, ast.Subscript):
             return isinstance(target, ast.Name)
         index = target.slice.elts if isinstance(target.slice, ast.Tuple) else [target.slice]
-        sliced = any(
-            isinstance(one, ast.Slice) or (isinstance(one, ast.Constant) and one.value is ...) for one in index
-        )
-        return whole and not sliced and not _is_data(target.value)
+        return whole and not any(map(_is_slice, index)) and not _is_data(target.value)
 
     def copied_argument(self, called: str) -> str | None:
         calls = [node for node in ast.walk(self._statement) if isinstance(node, ast.Call) and _name(node) == called]

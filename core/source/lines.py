@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType, FrameType, TracebackType
+from types import CodeType, FrameType
 from typing import Any
 
 from ampcheck.source.printable import shown
@@ -128,19 +128,6 @@ def entered_by_user(*, depth: int = 1) -> bool:
     machinery = ("contextlib.py", "autocast_mode.py")
     frames = (frame.f_code.co_filename for frame in callers(sys._getframe(depth)))
     return not is_library(next((file for file in frames if os.path.basename(file) not in machinery), "<frozen"))
-
-
-def raising_sites(traceback: TracebackType | None, role: Role = "raise") -> tuple[Site, ...]:
-    """The frames an exception passed through: the user's, then libraries', each innermost first."""
-    users: list[Site] = []
-    libraries: list[Site] = []
-    while traceback is not None:
-        frame = traceback.tb_frame
-        file = frame.f_code.co_filename
-        if not is_ours(file):
-            (libraries if is_library(file) else users).append(_site_of_frame(frame, traceback.tb_lineno, role))
-        traceback = traceback.tb_next
-    return (*reversed(users), *reversed(libraries))
 
 
 def short_path(file: str) -> str:
