@@ -48,12 +48,12 @@ from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
 from ampcheck.rules.rule import Edit, Finding, Severity
 from ampcheck.run import Held, Run
-from ampcheck.trace import Failure, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, Trace
+from ampcheck.trace import Failure, GraphFreed, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, Trace
 
 _DIAGNOSED = "_ampcheck_diagnosed"
 _NOTHING = contextlib.nullcontext()
 # Each rerun covers more of the program around the failing line, and costs about as much as the step.
-_MOST_RERUNS = 3
+_MOST_RERUNS = 4
 
 Rerun = Callable[[], object]
 FindBatch = Callable[[Iterable[FrameType]], Rerun | None]
@@ -488,4 +488,6 @@ def _explains(graph: GraphTrace, failure: Failure) -> bool:
     """Whether what was seen contains the cause of the failure."""
     if isinstance(failure.facts, SavedTensorModified):
         return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
+    if isinstance(failure.facts, GraphFreed):
+        return len(graph.backwards) > 1
     return bool(graph.cut) if isinstance(failure.facts, NoGraph) else True

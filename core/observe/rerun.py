@@ -4,6 +4,9 @@ A plain loop offers no function that computes the loss of a batch, but its sourc
 failing line, or of the function if there is none, this takes the statements that compute with tensors, and runs them
 with the variables as they are. It leaves out what by its name only reports or saves, does not repeat a whole training,
 and runs no statements that use something that cannot be put back (a generator, a file, a queue).
+
+What a step takes over from the one before, such as the state of a recurrent network, brings a graph along that no such
+rerun builds. Therefore the body of the loop is also run twice, from variables without a graph.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from contextlib import ExitStack
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from ampcheck.observe.carried import without_graphs
 from ampcheck.observe.state import copied_iterator
 from ampcheck.observe.statements import FUNCTIONS, LOOPS, Statements, pytorchs_context
-from ampcheck.source.lines import is_library, is_ours, is_torch, names_of
+from ampcheck.source.lines import is_library, is_ours, is_torch, names_of, qualified_name, site_of
+from ampcheck.trace import Carried
 
 # The files of PyTorch that call the user's training code; the user's code calls all others.
 _AROUND = ("/torch/utils/_contextlib.py", "/torch/amp/autocast_mode.py", "/torch/distributed/", "/torch/_dynamo/")
@@ -41,17 +46,27 @@ class Standing(NamedTuple):
 
 
 class Rerun:
-    """A part of a program that can be called. ``roots`` are the objects it starts from, to be put back."""
+    """A part of a program that can be called. ``roots`` are the objects it starts from, to be put back. ``carried``,
+    if not ``None``: its step takes over a graph from the one before, which it therefore runs, too."""
 
-    def __init__(self, code: CodeType, names: dict[str, Any], contexts: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        code: CodeType,
+        names: dict[str, Any],
+        contexts: Sequence[Any],
+        carried: tuple[Carried, ...] | None = None,
+    ) -> None:
         self._code = code
         self._names = names
         self._contexts = contexts
+        self.carried = carried
         self.roots: tuple[Any, ...] = tuple(names.values())
 
     def __call__(self) -> None:
         quiet = io.StringIO()
         names = {name: copied_iterator(value) or value for name, value in self._names.items()}
+        if self.carried is not None:
+            names = without_graphs(names)
         with ExitStack() as stack:
             for context in self._contexts:
                 stack.enter_context(context)
@@ -112,10 +127,13 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
         taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=not left)
         starts = [at for at, node in enumerate(path) if taken.begins(node)][-_MOST_LOOPS:]
         for start in reversed(starts):
-            program = _program(one, path, start, taken, entered=id(one.frame) in alive)
-            if program is not None:
-                yield Rerun(program.code, program.names, [*around, *program.contexts, *contexts])
-            if not isinstance(path[start], LOOPS):
+            loop = isinstance(path[start], LOOPS)
+            # Where nothing failed, what came before does not matter.
+            for twice in (False, True) if loop and left and start == starts[-1] else (False,):
+                program = _program(one, path, start, taken, entered=id(one.frame) in alive, twice=twice)
+                if program is not None:
+                    yield Rerun(program.code, program.names, [*around, *program.contexts, *contexts], program.carried)
+            if not loop:
                 break
         # Statements further out would run the whole loop.
         if any(isinstance(node, LOOPS) for node in path):
@@ -143,14 +161,22 @@ class _Program(NamedTuple):
     code: CodeType
     names: dict[str, Any]
     contexts: list[Any]
+    carried: tuple[Carried, ...] | None
 
 
-def _program(one: Standing, path: list[ast.AST], start: int, taken: Statements, *, entered: bool) -> _Program | None:
+def _program(
+    one: Standing, path: list[ast.AST], start: int, taken: Statements, *, entered: bool, twice: bool
+) -> _Program | None:
     """The statements of a frame, from ``path[start]``, that led to where it stands.
 
-    ``entered``: its ``with`` blocks are still active.
+    ``entered``: its ``with`` blocks are still active. ``twice``: first runs all statements of ``path[start]``.
     """
     statements = taken.up_to(path, start)
+    carried: tuple[Carried, ...] | None = None
+    if statements is not None and twice:
+        file, function = one.frame.f_code.co_filename, qualified_name(one.frame.f_code)
+        carried = tuple(Carried(made, site_of(file, line, function)) for made, line in taken.carried(statements))
+        statements = [*(taken.up_to(path, start, beyond=True) or ()), *statements]
     if statements is None or taken.cannot_be_put_back(statements):
         return None
     body = ast.fix_missing_locations(_Mangled(path).visit(ast.Module(statements, [])))
@@ -159,7 +185,7 @@ def _program(one: Standing, path: list[ast.AST], start: int, taken: Statements, 
     except (SyntaxError, ValueError):
         return None
     contexts = [] if entered else list(_entered_around(path[:start], taken.names))
-    return _Program(code.replace(**names_of(one.frame.f_code)), dict(taken.names), contexts)
+    return _Program(code.replace(**names_of(one.frame.f_code)), dict(taken.names), contexts, carried)
 
 
 def _around(one: Standing) -> Iterator[Any]:

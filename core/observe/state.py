@@ -160,7 +160,7 @@ class _Kept:
             self._module(value)
             for part in value.modules():
                 self.module(part)
-        elif kind in _RECORDS or not _of_library(kind):
+        elif kind in _RECORDS or not is_of_library(kind):
             self._object(value)
 
     def _affords(self, value: Any) -> bool:
@@ -216,7 +216,7 @@ class _Kept:
                 self._globals(inner, names)
 
     def _class(self, kind: type) -> None:
-        if _of_library(kind):
+        if is_of_library(kind):
             return
         for name, value in tuple(vars(kind).items()):
             function = getattr(value, "__func__", value)
@@ -260,7 +260,7 @@ def _call(function: Callable[..., Any], *args: Any) -> Callable[[], None]:
     return lambda: function(*args)
 
 
-def _of_library(kind: type) -> bool:
+def is_of_library(kind: type) -> bool:
     """Whether a class is not part of the user's own code."""
     module = sys.modules.get(kind.__module__)
     file = getattr(module, "__file__", None)

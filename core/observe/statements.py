@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import dis
+import inspect
 import io
+import re
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +27,8 @@ LOOPS = (ast.For, ast.AsyncFor, ast.While)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Parts of the names of functions that report or save, and do not compute.
 _TELLING = ("log", "save", "print", "plot", "write", "visual", "display", "record", "report", "checkpoint", "dump")
+# The methods of tensors and modules that write.
+_IN_PLACE = re.compile(r"[a-z]\w*[a-z\d]_|_foreach_\w+_|data|load_state_dict")
 # Parts of the names of methods that build a module.
 _BUILDING = ("add_module", "register_", "load_", "compile")
 
@@ -44,8 +48,8 @@ class Statements:
             return not any(map(self._computes_under, node.items))
         return isinstance(node, (ast.Module, *FUNCTIONS, *LOOPS))
 
-    def up_to(self, path: Sequence[ast.AST], start: int) -> list[ast.stmt] | None:
-        """The statements in ``path[start]`` up to the last of the path, which is always taken.
+    def up_to(self, path: Sequence[ast.AST], start: int, *, beyond: bool = False) -> list[ast.stmt] | None:
+        """The statements in ``path[start]`` up to the last of the path, which is always taken, and those ``beyond`` it.
 
         Branches on the way are taken, and ``with`` blocks entered.
         """
@@ -64,9 +68,24 @@ class Statements:
             elif isinstance(inner, ast.With):
                 items = [item for item in inner.items if self._computes_under(item)]
                 statements = [ast.copy_location(ast.With(items, statements), inner)] if items else statements
+            after = [taken for node in block[at + 1 :] if (taken := self.of(node)) is not None] if beyond else []
             before = [taken for node in reversed(block[:at]) if (taken := self.of(node)) is not None]
-            statements = [*reversed(before), *statements]
+            statements = [*reversed(before), *statements, *after]
         return statements
+
+    def carried(self, statements: Iterable[ast.stmt]) -> Iterator[tuple[str, int]]:
+        """Yield what detaches each variable with a graph that statements read before they give it a value, as a
+        statement, with the line of the first statement that reads it."""
+        known = set[str]()
+        for statement in statements:
+            names = [node for node in ast.walk(statement) if isinstance(node, (ast.Name, ast.Attribute))]
+            for node in names:
+                name = ast.unparse(node)
+                detached = _detached(name, self._value(node)) if isinstance(node.ctx, ast.Load) else None
+                if name not in known and detached is not None:
+                    known.add(name)
+                    yield f"{name} = {detached}", statement.lineno
+            known |= {ast.unparse(node) for node in names if isinstance(node.ctx, ast.Store)}
 
     def cannot_be_put_back(self, statements: list[ast.stmt]) -> bool:
         """Whether statements use something that would differ afterwards, or may wait forever.
@@ -76,12 +95,9 @@ class Statements:
         """
         used = {node.id for one in statements for node in ast.walk(one) if isinstance(node, ast.Name)}
         reached = list(_reachable(self.names[name] for name in used if name in self.names))
-        if self._training:
-            # Nothing has failed: what its functions report or write must not appear twice.
-            names = {name for one in reached if isinstance(one, FunctionType) for name in one.__code__.co_names}
-            if any(part in name for name in names for part in (*_TELLING, "open")):
-                return True
-        return any(map(_is_spent_by_use, reached))
+        # Where nothing has failed, what its functions report or write must not appear twice.
+        tells = self._training and any(_tells(one.__code__) for one in reached if isinstance(one, FunctionType))
+        return tells or any(map(_is_spent_by_use, reached))
 
     def _needs(self, node: ast.AST) -> None:
         """With ``node``, also take what made its tensors, if no graph shows what led to them."""
@@ -182,12 +198,13 @@ class Statements:
             if _carries_graph(receiver) or _carries_graph(getattr(receiver, "__dict__", None)):
                 return True
         called = self._value(function)
-        code = getattr(called, "__code__", None)
+        code = getattr(_own(called), "__code__", None)
         if code is None or is_library(code.co_filename):
             of_torch = str(getattr(called, "__module__", "")).partition(".")[0] == "torch"
             return of_torch and any(map(self._has_tensor, expression.args))
-        tells = any(part in used for used in code.co_names for part in (*_TELLING, "open"))
-        return not tells and any(map(self._has_tensor, expression.args))
+        if _tells(code):
+            return False
+        return any(map(self._has_tensor, expression.args)) or _writes_to_what_it_reaches(called)
 
     def _root(self, expression: ast.expr) -> Any:
         """The value that a chain of attributes, calls and subscripts starts with, as far as it can be looked up."""
@@ -235,12 +252,35 @@ def _reachable(values: Iterable[Any]) -> Iterator[Any]:
             continue
         seen.add(id(value))
         yield value
-        function = getattr(value, "__func__", value)
+        function = _own(value)
+        if function is not value:
+            yield function
         if not isinstance(function, FunctionType) or depth > 4 or is_library(function.__code__.co_filename):
             continue
         cells = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
         named = (function.__globals__.get(name) for name in function.__code__.co_names)
         pending += [(one, depth + 1) for one in (*cells, *named) if one is not None]
+
+
+def _tells(code: CodeType) -> bool:
+    """Whether code reports or saves, by the names it uses."""
+    return any(part in name for name in code.co_names for part in (*_TELLING, "open"))
+
+
+def _writes_to_what_it_reaches(called: Any) -> bool:
+    """Whether a function that is given no tensor writes to those of a module, or others, that it finds by itself."""
+    reached = list(_reachable([called]))
+    codes = [one.__code__ for one in reached if isinstance(one, FunctionType)]
+    if any(map(_tells, codes)) or not any(_IN_PLACE.fullmatch(name) for code in codes for name in code.co_names):
+        return False
+    held = [*reached, *getattr(getattr(called, "__self__", None), "__dict__", {}).values()]
+    return any(isinstance(one, nn.Module) or next(tensors_in(one), None) is not None for one in held)
+
+
+def _own(called: Any) -> Any:
+    """The function of a method, without decorators."""
+    function = getattr(called, "__func__", called)
+    return inspect.unwrap(function) if isinstance(function, FunctionType) else function
 
 
 def _is_filled(cell: CellType) -> bool:
@@ -274,6 +314,18 @@ def _carries_graph(value: Any) -> bool:
         if isinstance(attributes, dict) and not isinstance(value, (nn.Module, type)) and len(attributes) < 100:
             return any(tensor.grad_fn is not None for tensor in tensors_in(list(attributes.values())))
     return False
+
+
+def _detached(name: str, value: Any) -> str | None:
+    """The expression for a tensor, or for a flat list or tuple of tensors, without a graph; ``None`` if it has none."""
+    if isinstance(value, torch.Tensor):
+        return f"{name}.detach()" if value.grad_fn is not None else None
+    if type(value) not in (list, tuple) or not value or not all(isinstance(one, torch.Tensor) for one in value):
+        return None
+    if all(one.grad_fn is None for one in value):
+        return None
+    each = f"one.detach() for one in {name}"
+    return f"[{each}]" if isinstance(value, list) else f"tuple({each})"
 
 
 def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:

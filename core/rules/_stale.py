@@ -183,6 +183,19 @@ def without_write(
     )
 
 
+def detaching(trace: Trace) -> Remedy:
+    """How to keep the failing step from taking over a graph from the one before, if it does."""
+    if trace.graph is None or trace.graph.carried is None:
+        return Remedy()
+    if not trace.graph.carried:
+        return Remedy("Detach what the step takes over from the one before it, by `.detach()`.")
+    first, *others = trace.graph.carried
+    lines = " and ".join(f"`{one.detached}` before {one.read}" for one in trace.graph.carried)
+    fix = f"Detach what the step takes over from the one before it: insert {lines}."
+    after = f"{first.detached}\n{first.read.code}"
+    return Remedy(fix, None if others else Edit(first.read.file, first.read.line, first.read.code, after))
+
+
 # The types of modules, PyTorch's and others', that take `inplace=`.
 _INPLACE = re.compile(r"(?i)(relu|elu|silu|swish|mish|hard(sigmoid|tanh)|threshold|drop(out|path)|activation)")
 

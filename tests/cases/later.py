@@ -20,7 +20,7 @@ def script(name: str, code: str = "AMP401", module: str | None = None, **expecte
 script("gan_feature_matching")
 script("gan_score_reused", "AMP405")
 script("ema_teacher_consistency")
-script("rnn_state_carried", "AMP405")
+script("rnn_state_carried", "AMP405", module="")
 script("tbptt_reset", module="")
 script("curriculum_switch", module="1")
 script("accumulation_remainder")
