@@ -151,9 +151,10 @@ def remedy(trace: Trace, stale: StaleTensor) -> Remedy:
         return Remedy()
     if stale.name:
         # A write to a parameter is intended.
+        again = f", or run the forward pass{place(stale.save)} again after the write" if stale.save else ""
         return Remedy(
             f"Move the write to {stale.name} at {write.site} after the `backward()` that uses it, inside `with "
-            "torch.no_grad():`."
+            f"torch.no_grad():`{again}."
         )
     # `levels[i] += x` writes to a whole tensor of a list, `x[i] += y` to a part of a tensor.
     whole = write.shape == stale.shape
