@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from ampcheck.failure.dtypes import canonical
 from ampcheck.failure.frames import Scene
-from ampcheck.trace import InferenceTensor, NoGraph, SavedTensorModified, ViewFailure
+from ampcheck.trace import InferenceTensor, InternalOverlap, NoGraph, SavedTensorModified, ViewFailure
 
 View = TypeVar("View", bound=ViewFailure)
 
@@ -38,6 +38,10 @@ def inference_tensor(scene: Scene) -> InferenceTensor:
 
 def no_graph(scene: Scene) -> NoGraph:
     return NoGraph(int(scene.said.get("element") or 0))
+
+
+def internal_overlap(scene: Scene) -> InternalOverlap:
+    return InternalOverlap(with_input=scene.said.get("input") is not None)
 
 
 def _number(text: str | None) -> int | None:

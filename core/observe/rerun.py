@@ -110,6 +110,7 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
     first_left = len(standing) - left
     alive = {id(one.frame) for one in standing[:first_left]}
     contexts: list[Any] = []
+    carried: list[Carried] = []
     for index in range(len(users) - 1, -1, -1):
         one = users[index]
         if _is_foreign(one):
@@ -126,13 +127,15 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
         around = [context for outer in users[:index] if id(outer.frame) not in alive for context in _around(outer)]
         taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=not left)
         starts = [at for at, node in enumerate(path) if taken.begins(node)][-_MOST_LOOPS:]
+        carried += _carried(one, path, starts[-1]) if left and starts else ()
         for start in reversed(starts):
             loop = isinstance(path[start], LOOPS)
             # Where nothing failed, what came before does not matter.
             for twice in (False, True) if loop and left and start == starts[-1] else (False,):
                 program = _program(one, path, start, taken, entered=id(one.frame) in alive, twice=twice)
                 if program is not None:
-                    yield Rerun(program.code, program.names, [*around, *program.contexts, *contexts], program.carried)
+                    both = tuple(carried) if twice else None
+                    yield Rerun(program.code, program.names, [*around, *program.contexts, *contexts], both)
             if not loop:
                 break
         # Statements further out would run the whole loop.
@@ -161,7 +164,6 @@ class _Program(NamedTuple):
     code: CodeType
     names: dict[str, Any]
     contexts: list[Any]
-    carried: tuple[Carried, ...] | None
 
 
 def _program(
@@ -172,10 +174,7 @@ def _program(
     ``entered``: its ``with`` blocks are still active. ``twice``: first runs all statements of ``path[start]``.
     """
     statements = taken.up_to(path, start)
-    carried: tuple[Carried, ...] | None = None
     if statements is not None and twice:
-        file, function = one.frame.f_code.co_filename, qualified_name(one.frame.f_code)
-        carried = tuple(Carried(made, site_of(file, line, function)) for made, line in taken.carried(statements))
         statements = [*(taken.up_to(path, start, beyond=True) or ()), *statements]
     if statements is None or taken.cannot_be_put_back(statements):
         return None
@@ -185,7 +184,19 @@ def _program(
     except (SyntaxError, ValueError):
         return None
     contexts = [] if entered else list(_entered_around(path[:start], taken.names))
-    return _Program(code.replace(**names_of(one.frame.f_code)), dict(taken.names), contexts, carried)
+    return _Program(code.replace(**names_of(one.frame.f_code)), dict(taken.names), contexts)
+
+
+def _carried(one: Standing, path: list[ast.AST], start: int) -> Iterator[Carried]:
+    """Yield the variables of a frame by which a step may take over a graph from the one before."""
+    stands = path[-1]
+    taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=False)
+    statements = taken.up_to(path, start)
+    if statements is None or not isinstance(stands, (ast.Expr, ast.Assign, ast.AugAssign)):
+        return
+    if stands.lineno == stands.end_lineno:
+        site = site_of(one.frame.f_code.co_filename, stands.lineno, qualified_name(one.frame.f_code))
+        yield from (Carried(detached, site) for detached in taken.carried(statements))
 
 
 def _around(one: Standing) -> Iterator[Any]:

@@ -23,6 +23,7 @@ from ampcheck.observe.state import copied_iterator
 from ampcheck.observe.tensors import tensors_in
 from ampcheck.source.lines import is_library, is_ours
 
+_NAMES = (ast.Name, ast.Attribute)
 LOOPS = (ast.For, ast.AsyncFor, ast.While)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Parts of the names of functions that report or save, and do not compute.
@@ -73,19 +74,30 @@ class Statements:
             statements = [*reversed(before), *statements, *after]
         return statements
 
-    def carried(self, statements: Iterable[ast.stmt]) -> Iterator[tuple[str, int]]:
-        """Yield what detaches each variable with a graph that statements read before they give it a value, as a
-        statement, with the line of the first statement that reads it."""
-        known = set[str]()
-        for statement in statements:
-            names = [node for node in ast.walk(statement) if isinstance(node, (ast.Name, ast.Attribute))]
-            for node in names:
-                name = ast.unparse(node)
-                detached = _detached(name, self._value(node)) if isinstance(node.ctx, ast.Load) else None
-                if name not in known and detached is not None:
-                    known.add(name)
-                    yield f"{name} = {detached}", statement.lineno
-            known |= {ast.unparse(node) for node in names if isinstance(node.ctx, ast.Store)}
+    def carried(self, statements: Iterable[ast.stmt]) -> list[str]:
+        """What detaches each variable with a graph that statements may read before they give it a value."""
+        found: dict[str, None] = {}
+        self._read_first(statements, set(), found)
+        return list(found)
+
+    def _read_first(self, nodes: Iterable[ast.AST], given: set[str], found: dict[str, None]) -> set[str]:
+        """Add to ``found``, and return what the nodes have given a value in any case, with what was before."""
+        for node in nodes:
+            blocks = list(_blocks(node))
+            inside = {id(one) for block in blocks for outer in block for one in ast.walk(outer)}
+            names = [one for one in ast.walk(node) if isinstance(one, _NAMES) and id(one) not in inside]
+            for one in names:
+                name = ast.unparse(one)
+                detached = _detached(name, self._value(one)) if isinstance(one.ctx, ast.Load) else None
+                if detached is not None and name not in given:
+                    found[f"{name} = {detached}"] = None
+            given = given | {ast.unparse(one) for one in names if isinstance(one.ctx, ast.Store)}
+            ends = [self._read_first(block, given, found) for block in blocks]
+            if isinstance(node, ast.If):
+                given = ends[0] & ends[1] if len(ends) == 2 else given
+            elif ends:
+                given = given.union(*ends)
+        return given
 
     def cannot_be_put_back(self, statements: list[ast.stmt]) -> bool:
         """Whether statements use something that would differ afterwards, or may wait forever.
@@ -186,7 +198,7 @@ class Statements:
         function = expression.func
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         receiver = self._root(function.value) if isinstance(function, ast.Attribute) else None
-        if isinstance(receiver, torch.Tensor):
+        if isinstance(receiver, torch.Tensor) or _shares_memory(receiver):
             return True
         if any(part in name for part in _TELLING):
             return False
@@ -199,12 +211,12 @@ class Statements:
                 return True
         called = self._value(function)
         code = getattr(_own(called), "__code__", None)
+        given = any(map(self._has_tensor, (*expression.args, *(keyword.value for keyword in expression.keywords))))
         if code is None or is_library(code.co_filename):
-            of_torch = str(getattr(called, "__module__", "")).partition(".")[0] == "torch"
-            return of_torch and any(map(self._has_tensor, expression.args))
-        if _tells(code):
-            return False
-        return any(map(self._has_tensor, expression.args)) or _writes_to_what_it_reaches(called)
+            root = self._root(function.value) if isinstance(function, ast.Attribute) else None
+            module = getattr(called, "__module__", None) or getattr(root, "__name__", "")
+            return given and str(module).partition(".")[0] in ("torch", "numpy")
+        return not _tells(code) and (given or _writes_to_what_it_reaches(called))
 
     def _root(self, expression: ast.expr) -> Any:
         """The value that a chain of attributes, calls and subscripts starts with, as far as it can be looked up."""
@@ -240,7 +252,10 @@ class Statements:
     def _has_tensor(self, expression: ast.expr) -> bool:
         values = [self._value(node) for node in ast.walk(expression) if isinstance(node, (ast.Name, ast.Attribute))]
         computing = (nn.Module, torch.optim.Optimizer)
-        return any(isinstance(value, computing) or next(tensors_in(value), None) is not None for value in values)
+        return any(
+            isinstance(value, computing) or _shares_memory(value) or next(tensors_in(value), None) is not None
+            for value in values
+        )
 
 
 def _reachable(values: Iterable[Any]) -> Iterator[Any]:
@@ -307,12 +322,23 @@ def _carries_graph(value: Any) -> bool:
     with contextlib.suppress(Exception):
         if isinstance(value, (dict, list, tuple)) and len(value) > 10_000:
             return False
+        if _shares_memory(value):
+            return True
         if any(tensor.grad_fn is not None or tensor.requires_grad for tensor in tensors_in(value)):
             return not isinstance(value, nn.Parameter)
         # A library's output that is a data class or a named tuple.
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict) and not isinstance(value, (nn.Module, type)) and len(attributes) < 100:
             return any(tensor.grad_fn is not None for tensor in tensors_in(list(attributes.values())))
+    return False
+
+
+def _shares_memory(value: Any) -> bool:
+    """Whether a value is a NumPy array on the memory of a tensor."""
+    while type(value).__module__ == "numpy" and getattr(value, "base", None) is not None:
+        value = value.base
+        if isinstance(value, torch.Tensor):
+            return True
     return False
 
 

@@ -83,4 +83,6 @@ class NoGraph:
 
 @dataclass(frozen=True)
 class InternalOverlap:
-    """A write to elements that share memory with each other, or with the input that the op reads."""
+    """A write to elements that share memory with each other or, ``with_input``, with what the op reads."""
+
+    with_input: bool = False

@@ -34,7 +34,8 @@ class StaleTensor:
     ``name`` that of the parameter or buffer, if it is one. ``writes`` are those since the save, earliest first; none if
     the write was not seen. ``silent`` says why PyTorch's own check passed it: ``"untracked"``, the write bypassed the
     version counter; ``"hooks"``, saved-tensor hooks; ``"outside"``, the content changed without a PyTorch op;
-    ``"unmarked"``, a custom function wrote to its input without ``mark_dirty``. ``None``: PyTorch found it.
+    ``"unmarked"``, a custom function wrote to its input without ``mark_dirty``. ``None``: PyTorch found it. ``shared``
+    is the call that gave the memory to NumPy, if ``"outside"``.
     """
 
     node: str
@@ -50,6 +51,7 @@ class StaleTensor:
     name: str | None = None
     buffer: bool = False
     silent: Silent | None = None
+    shared: Site | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ class UncheckedSave:
 
 class Carried(NamedTuple):
     """A variable by which a step takes over a graph from the one before: the statement that would detach it, and the
-    first line of the step that reads it."""
+    line of the step to put it after."""
 
     detached: str
-    read: Site
+    after: Site
 
 
 @dataclass(frozen=True)

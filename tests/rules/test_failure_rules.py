@@ -26,6 +26,7 @@ from ampcheck.rules.rule import Edit, Finding, told
 from ampcheck.trace import (
     AutocastCall,
     BackwardHookView,
+    Carried,
     CustomFunction,
     CustomFunctionState,
     CustomFunctionViewModified,
@@ -87,7 +88,7 @@ CODES: dict[type, str | None] = {
     InferenceTensor: "AMP406",
     GraphFreed: "AMP408",
     NoGraph: "AMP408",
-    InternalOverlap: None,
+    InternalOverlap: "AMP404",
 }
 """The rule that tells of each kind of failure. Some are told by what the model and the step show."""
 
@@ -716,6 +717,19 @@ class TestViewModified:
         )
         assert [(site.line, site.role) for site in finding.sites] == [(12, "write"), (8, "call"), (30, "call")]
 
+    def test_elements_that_share_memory(self):
+        write = line(9, "m[:, 0] += 1", "raise")
+        finding = only(failed(InternalOverlap(), raised=write))
+        assert finding.message == (
+            "A view in which several elements are the same memory, such as `expand` makes, was modified in place at "
+            "net.py:9."
+        )
+        assert finding.edit is not None
+        assert finding.edit.after == "m = m.clone()\nm[:, 0] += 1"
+        finding = only(failed(InternalOverlap(with_input=True), raised=write))
+        assert finding.message == ("The write at net.py:9 reads memory that it also writes to, through another view.")
+        assert finding.edit is None
+
 
 class TestInferenceTensor:
     @pytest.mark.parametrize(
@@ -746,6 +760,17 @@ class TestGraphFreedOrDetached:
             == "Backward at net.py:30 reached a part of the graph that an earlier backward at net.py:50 had freed."
         )
         assert [site.line for site in finding.sites] == [30, 50]
+
+    def test_what_a_step_takes_over_is_to_be_detached(self):
+        graph = GraphTrace(
+            backwards=(line(50), line(50)), carried=(Carried("state = state.detach()", line(50, "loss.backward()")),)
+        )
+        finding = only(failed(GraphFreed(), phase="backward", graph=graph))
+        assert finding.fix == (
+            "Detach what the step takes over from the one before it: insert `state = state.detach()` after net.py:50."
+        )
+        assert finding.edit is not None
+        assert finding.edit.after == "loss.backward()\nstate = state.detach()"
 
     def test_names_the_call_that_cut_the_graph(self):
         graph = GraphTrace(cut=(line(44, "x.detach()", op="aten::detach"),))
