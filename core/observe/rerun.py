@@ -15,7 +15,6 @@ import ast
 import contextlib
 import io
 import itertools
-import linecache
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import CodeType, FrameType, TracebackType
@@ -23,8 +22,9 @@ from typing import Any, NamedTuple
 
 from ampcheck.observe.carried import without_graphs
 from ampcheck.observe.state import copied_iterator
-from ampcheck.observe.statements import FUNCTIONS, LOOPS, Statements, pytorchs_context
+from ampcheck.observe.statements import Statements, pytorchs_context
 from ampcheck.source.lines import is_library, is_ours, is_torch, names_of, qualified_name, site_of
+from ampcheck.source.syntax import FUNCTIONS, LOOPS, blocks, covers, tree_of
 from ampcheck.trace import Carried
 
 # The files of PyTorch that call the user's training code; the user's code calls all others.
@@ -217,12 +217,8 @@ def _entered_around(path: Sequence[ast.AST], names: Mapping[str, Any]) -> Iterat
 def _path(one: Standing) -> list[ast.AST] | None:
     """The source nodes from the file down to the statement a frame is at; ``None`` without the source."""
     code = one.frame.f_code
-    lines = linecache.getlines(code.co_filename, one.frame.f_globals)
-    if not lines or (code.co_name.startswith("<") and code.co_name != "<module>"):
-        return None
-    try:
-        tree = ast.parse("".join(lines))
-    except (SyntaxError, ValueError):
+    tree = tree_of(code.co_filename, one.frame.f_globals)
+    if tree is None or (code.co_name.startswith("<") and code.co_name != "<module>"):
         return None
     path: list[ast.AST] = [tree]
     if code.co_name != "<module>":
@@ -232,7 +228,7 @@ def _path(one: Standing) -> list[ast.AST] | None:
         path = function
     column = _column(one)
     while True:
-        inner = [node for node in _statements(path[-1]) if node.lineno <= one.line <= (node.end_lineno or node.lineno)]
+        inner = [node for block in blocks(path[-1]) for node in block if covers(node, one.line)]
         if not inner:
             return path if isinstance(path[-1], ast.stmt) and not isinstance(path[-1], FUNCTIONS) else None
         exact = [node for node in inner if column is None or _covers(node, one.line, column)]
@@ -252,15 +248,6 @@ def _is_of(node: ast.AST, code: CodeType) -> bool:
         return False
     first = min((decorator.lineno for decorator in node.decorator_list), default=node.lineno)
     return code.co_firstlineno in (node.lineno, first)
-
-
-def _statements(node: ast.AST) -> Iterator[ast.stmt]:
-    for _, value in ast.iter_fields(node):
-        for item in value if isinstance(value, list) else ():
-            if isinstance(item, ast.stmt):
-                yield item
-            elif isinstance(item, (ast.ExceptHandler, ast.match_case)):
-                yield from item.body
 
 
 def _column(one: Standing) -> int | None:

@@ -22,10 +22,9 @@ from torch import nn
 from ampcheck.observe.state import copied_iterator
 from ampcheck.observe.tensors import tensors_in
 from ampcheck.source.lines import is_library, is_ours
+from ampcheck.source.syntax import FUNCTIONS, LOOPS, blocks
 
 _NAMES = (ast.Name, ast.Attribute)
-LOOPS = (ast.For, ast.AsyncFor, ast.While)
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Parts of the names of functions that report or save, and do not compute.
 _TELLING = ("log", "save", "print", "plot", "write", "visual", "display", "record", "report", "checkpoint", "dump")
 # The methods of tensors and modules that write.
@@ -56,7 +55,7 @@ class Statements:
         """
         statements: list[ast.stmt] | None = None
         for outer, inner in zip(reversed(path[start:-1]), reversed(path[start + 1 :]), strict=True):
-            block = next((one for one in _blocks(outer) if any(node is inner for node in one)), None)
+            block = next((one for one in blocks(outer) if any(node is inner for node in one)), None)
             if block is None:
                 return None
             at = next(i for i, node in enumerate(block) if node is inner)
@@ -83,8 +82,8 @@ class Statements:
     def _read_first(self, nodes: Iterable[ast.AST], given: set[str], found: dict[str, None]) -> set[str]:
         """Add to ``found``, and return what the nodes have given a value in any case, with what was before."""
         for node in nodes:
-            blocks = list(_blocks(node))
-            inside = {id(one) for block in blocks for outer in block for one in ast.walk(outer)}
+            inner = list(blocks(node))
+            inside = {id(one) for block in inner for outer in block for one in ast.walk(outer)}
             names = [one for one in ast.walk(node) if isinstance(one, _NAMES) and id(one) not in inside]
             for one in names:
                 name = ast.unparse(one)
@@ -92,7 +91,7 @@ class Statements:
                 if detached is not None and name not in given:
                     found[f"{name} = {detached}"] = None
             given = given | {ast.unparse(one) for one in names if isinstance(one.ctx, ast.Store)}
-            ends = [self._read_first(block, given, found) for block in blocks]
+            ends = [self._read_first(block, given, found) for block in inner]
             if isinstance(node, ast.If):
                 given = ends[0] & ends[1] if len(ends) == 2 else given
             elif ends:
@@ -352,15 +351,6 @@ def _detached(name: str, value: Any) -> str | None:
         return None
     each = f"one.detach() for one in {name}"
     return f"[{each}]" if isinstance(value, list) else f"tuple({each})"
-
-
-def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    for _, value in ast.iter_fields(node):
-        if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
-            yield value
-        for item in value if isinstance(value, list) else ():
-            if isinstance(item, (ast.ExceptHandler, ast.match_case)):
-                yield item.body
 
 
 def _last(node: ast.AST) -> ast.stmt | None:
