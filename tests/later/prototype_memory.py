@@ -19,9 +19,8 @@ class Prototypes:
         if step < self.frozen_until:
             return
         for label in labels.unique():
-            self.centers[label] = (
-                0.9 * self.centers[label] + 0.1 * features[labels == label].mean(0).detach()
-            )  # <- write
+            new = features[labels == label].mean(0).detach()
+            self.centers[label] = 0.9 * self.centers[label] + 0.1 * new  # <- write
 
 
 torch.manual_seed(0)
