@@ -270,11 +270,10 @@ def half_model_float_indices(guard: Guard, repaired: int) -> None:
 
 @case(
     "checkpoint-function",
-    "AMP203",
+    "AMP205",
     source=("https://github.com/Janspiry/Palette-Image-to-Image-Diffusion-Models/issues/40",),
     module="block",
     reason="custom-function",
-    also=("AMP205",),
     operands={"block.weight": "float32", "block.bias": "float32", "x": "bfloat16"},
 )
 def checkpoint_function(guard: Guard, repaired: int) -> None:
@@ -355,11 +354,10 @@ def recompute_in_a_hook(guard: Guard, repaired: int) -> None:
 
 @case(
     "bare-custom-fwd",
-    "AMP203",
+    "AMP205",
     source=("https://github.com/pytorch/pytorch/issues/47906",),
     module="align",
     reason="custom-function",
-    also=("AMP205",),
     operands={"features": "bfloat16", "rois": "float32"},
     evidence={"function": "RoIAlign"},
 )
@@ -401,11 +399,10 @@ def bare_custom_fwd(guard: Guard, repaired: int) -> None:
 
 @case(
     "custom-loss-function",
-    "AMP203",
+    "AMP205",
     source=("https://github.com/open-mmlab/OpenPCDet/pull/1247",),
     module="",
     reason="custom-function",
-    also=("AMP205",),
     operands={"predictions": "bfloat16", "targets": "float32"},
 )
 def custom_loss_function(guard: Guard, repaired: int) -> None:
@@ -689,11 +686,10 @@ def sampling_outside_autocast(guard: Guard, repaired: int) -> None:
 
 @case(
     "wavelet-filters-in-a-function",
-    "AMP203",
+    "AMP205",
     source=("https://github.com/ultralytics/yolov5/issues/12903",),
     module="down.dwt",
     reason="custom-function",
-    also=("AMP205",),
     operands={"x": "bfloat16", "filters": "float32"},
 )
 def wavelet_filters_in_a_function(guard: Guard, repaired: int) -> None:
@@ -833,7 +829,7 @@ def another_thread(guard: Guard, repaired: int) -> None:
 
 @case(
     "extension-op-in-half",
-    "AMP207",
+    "AMP205",
     source=(
         "https://github.com/open-mmlab/mmcv/issues/2011",
         "https://github.com/IDEA-Research/DINO/issues/59",
@@ -843,7 +839,6 @@ def another_thread(guard: Guard, repaired: int) -> None:
     ),
     module="deform",
     reason="custom-function",
-    also=("AMP205", "AMP206"),
     needs=("torchvision",),
     operands={"x": "bfloat16", "offset": "bfloat16", "weight": "bfloat16", "mask": "bfloat16", "bias": "bfloat16"},
     evidence={"op": "torchvision::deform_conv2d", "function": "DeformConv"},
@@ -891,10 +886,9 @@ def extension_op_in_half(guard: Guard, repaired: int) -> None:
 
 @case(
     "op-unknown-to-autocast",
-    "AMP203",
+    "AMP206",
     module="",
     reason="op-unknown-to-autocast",
-    also=("AMP206",),
     needs=("torchvision",),
     evidence={"op": "torchvision::deform_conv2d", "autocast_rule": False},
     operands={"features": "float16", "offset": "float32", "weight": "float32", "mask": "float16", "bias": "float16"},
