@@ -304,7 +304,9 @@ def unread(operation: Operation) -> list[str]:
     elif isinstance(node, ast.BinOp):
         given = [node.left, node.right]
     else:
-        given = [node.value] if isinstance(node, (ast.Assign, ast.AugAssign)) else []
+        # A write to an item is known by its target.
+        statement = parents(operation.frame.file).get(node) if isinstance(node, ast.Subscript) else node
+        given = [statement.value] if isinstance(statement, (ast.Assign, ast.AugAssign)) else []
     computed = (one for one in given if isinstance(one, (ast.Call, ast.BinOp, ast.UnaryOp)))
     return [ast.unparse(one) for one in computed if next(_infer(one, operation.frame), None) is None]
 

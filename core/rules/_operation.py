@@ -20,8 +20,9 @@ def crash_message(failure: Failure, operation: FailedOperation, what: str) -> st
         expression = f"{expression.partition('(')[0]}(...)"
     head = f"In {module}, {what}" if module else sentence(what)
     words = in_words(operation.operands)
-    unseen = set(operation.dtypes) - {operand.dtype for operand in operation.operands}
-    if words and unseen and len(set(operation.dtypes)) > 1:
+    seen = {operand.dtype for operand in operation.operands}
+    unseen = set(operation.dtypes) - seen
+    if unseen and len(seen) == 1 and seen.issubset(operation.dtypes):
         words += f", another operand is {' or '.join(sorted(unseen))}"
     return f"{head}{f' in `{expression}`' if expression else ''}{f': {words}' if words else ''}."
 
@@ -155,7 +156,12 @@ def _cast_call(low: Sequence[FailedOperand], high: Sequence[FailedOperand]) -> s
 
 
 def function_fix(function: CustomFunction, device: str) -> str:
-    """The decorators a custom function needs."""
+    """The decorators a custom function needs, or the region around its call where it is installed code."""
+    if function.library:
+        return (
+            f"`{function.name}` is installed code: call {function.module or 'it'} inside "
+            f"`with torch.autocast({device!r}, enabled=False):`, on `.float()` inputs."
+        )
     if function.setup_context:
         return (
             f"Make `{function.name}.forward` take `ctx` (remove `setup_context`) and decorate it with "

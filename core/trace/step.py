@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
@@ -121,8 +121,8 @@ _LATER = {"merge": lambda earlier, later: later}
 class StepTrace:
     """One watched phase. ``model`` is the walk over the evaluated model, if that is another object than the model that
     trains (an averaged or a half-precision copy). ``cache_cleared``: something called ``torch.clear_autocast_cache``
-    inside a region. ``complete`` is false if something was compiled, because then only the calls into it were seen. ``called`` is where the modules of a step
-    that failed were called."""
+    inside a region. ``complete`` is false if something was compiled, because then only the calls into it were seen.
+    ``called`` is where the modules of a step that failed were called."""
 
     calls: tuple[ModuleCall, ...] = field(default=(), metadata=_ADDED)
     regions: tuple[AutocastRegion, ...] = field(default=(), metadata=_ADDED)

@@ -255,6 +255,11 @@ class GraphProbe:
         """The only line with one of ``names``, in the module's methods or, without a module, in backward's callers; for
         a module of PyTorch's the line that called it."""
         owner = self._submodule(module)
+        calls = list(self._modules.around(node._sequence_nr()))
+        places = (call.place for call in calls if not _is_machinery(call.place[0].co_filename))
+        place = site_at(next(places, None), "call", {})
+        if owner is None and place is not None:
+            return place
         frames = (frame.f_code for frame in callers(sys._getframe(2)))
         own = [code for code in _methods(type(owner)) if not _is_machinery(code.co_filename)] if owner else []
         codes = [own] if owner else [[code] for code in frames if not is_library(code.co_filename)]
@@ -263,11 +268,7 @@ class GraphProbe:
             if len(lines) == 1:
                 code, line = lines.pop()
                 return site_of(code.co_filename, line, qualified_name(code))
-        if own:
-            return None
-        calls = self._modules.around(node._sequence_nr())
-        places = (call.place for call in calls if not _is_machinery(call.place[0].co_filename))
-        return site_at(next(places, None), "call", {})
+        return None if own else place
 
     def _count(self, call: OpCall) -> None:
         self._counts[call] = self._counts.get(call, 0) + 1

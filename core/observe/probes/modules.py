@@ -104,11 +104,8 @@ class ModuleProbe:
         places: dict[str, Instruction] = {}
         for entry in self._log:
             call = LoggedCall(*entry)
-            if (
-                call.module is not None
-                and not is_torch(call.place[0].co_filename)
-                and not is_ours(call.place[0].co_filename)
-            ):
+            file = call.place[0].co_filename
+            if call.module is not None and not is_torch(file) and not is_ours(file):
                 places.setdefault(call.module, call.place)
         sites = {module: site_at(place, "call", {"module": module}) for module, place in places.items()}
         return {module: site for module, site in sites.items() if site is not None}
