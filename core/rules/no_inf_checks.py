@@ -102,7 +102,7 @@ def _fix(reason: str, *, elsewhere: bool) -> str | None:
         )
     if reason == "no-gradient":
         return (
-            "Call `scaler.step` for this optimizer only where the loss depends on its parameters, or make the loss depend "
-            "on them."
+            "Call `scaler.step` for this optimizer only where the loss depends on its parameters, or make the loss "
+            "depend on them."
         )
     return None

@@ -1120,3 +1120,123 @@ def low_precision_boxes_in_a_float_matcher(guard: Guard, repaired: int) -> None:
     model = Detr()
     with guard(model):
         train(model, lambda: model(rows()))
+
+
+@case(
+    "positions-from-numpy",
+    "AMP203",
+    module="encoder",
+    reason="autocast-never-entered",
+    operands={"x": "float64", "encoder.weight": "float32", "encoder.bias": "float32"},
+    marks={"raise": "raise", "cast": "made"},
+)
+def positions_from_numpy(guard: Guard, repaired: int) -> None:
+    """A float64 buffer promotes what follows it, and no autocast would change that."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.encoder = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.register_buffer("positions", torch.linspace(0, 1, 4, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x) + self.positions  # <- made
+            return self.encoder(x.float() if repaired else x)  # <- raise
+
+    model = Net()
+    with guard(model):
+        train(model, lambda: model(rows()))
+
+
+@case(
+    "bfloat16-predictions-to-numpy",
+    "AMP212",
+    module="",
+    operands={"the tensor": "bfloat16"},
+    evidence={"expression": "output.detach().softmax(-1).numpy()"},
+)
+def bfloat16_predictions_to_numpy(guard: Guard, repaired: int) -> None:
+    """What the line calls before `numpy()` has to stay."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output = self.fc(x)
+            if repaired:
+                self.highest = output.detach().softmax(-1).float().numpy()
+            else:
+                self.highest = output.detach().softmax(-1).numpy()  # <- raise
+            return output
+
+    model = Net()
+    with guard(model):
+        with torch.autocast("cpu", dtype=BF16):
+            output = model(rows())
+        train(model, lambda: output)
+
+
+@case(
+    "noise-in-a-model-of-low-precision",
+    "AMP203",
+    module="head",
+    reason="parameter-not-float32",
+    operands={"x + noise": "float32", "head.weight": "bfloat16", "head.bias": "bfloat16"},
+    remedies=2,
+)
+def noise_in_a_model_of_low_precision(guard: Guard, repaired: int) -> None:
+    """Nothing in it is to be cast to float32, and there is no autocast to keep parameters in float32 for."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.body(x)
+            noise = torch.zeros(4, 4, dtype=torch.bfloat16 if repaired == 2 else torch.float32)
+            if repaired:
+                return self.head((x + noise).to(torch.bfloat16))
+            return self.head(x + noise)  # <- raise
+
+    model = Net().to(BF16)
+    with guard(model):
+        train(model, lambda: model(rows().to(BF16)))
+
+
+@case(
+    "row-written-from-a-call",
+    "AMP209",
+    module="",
+    operands={"memory": "float32", "self.encode(x)": "bfloat16"},
+    marks={"raise": "raise", "cast": "made"},
+    remedies=2,
+)
+def row_written_from_a_call(guard: Guard, repaired: int) -> None:
+    """No variable holds the source of the write."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            index = torch.arange(4)
+            if repaired == 2:
+                memory = torch.zeros(8, 2, dtype=torch.bfloat16)
+                memory[index] = self.encode(x)
+                return memory
+            memory = torch.zeros(8, 2)  # <- made
+            if repaired:
+                memory[index] = self.encode(x).to(memory.dtype)
+            else:
+                memory[index] = self.encode(x)  # <- raise
+            return memory
+
+    model = Net()
+    with guard(model):
+        with torch.autocast("cpu", dtype=BF16):
+            output = model(rows())
+        train(model, lambda: output)
