@@ -151,7 +151,7 @@ def test_evaluation_in_another_dtype_than_asked_is_a_warning(build: Build) -> No
     runner.train()
     finding = findings_of(runner)["AMP105"]
     assert finding["severity"] == "warning"
-    assert finding["host_fix"].startswith("Set `fp16=True` in `val_cfg`")
+    assert finding["host_fix"].startswith("Remove `fp16=True` from `val_cfg`")
 
 
 def test_legacy_fp16_is_read_by_nothing(build: Build) -> None:
