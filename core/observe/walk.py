@@ -116,7 +116,8 @@ def walk(model: nn.Module) -> ModelInfo:
                 buffer = counts is buffers
                 # Buffers decide the device only if there are no parameters.
                 elements[device_type] = elements.get(device_type, 0) + (1 if buffer or lazy else 1000 * tensor.numel())
-                tensors.append(TensorInfo(prefix + key, dtype, shape, device_type, tensor.requires_grad, buffer))
+                made = tensor.requires_grad, buffer, not lazy and tensor.is_inference()
+                tensors.append(TensorInfo(prefix + key, dtype, shape, device_type, *made))
         modules.append(ModuleInfo(name, type(module).__name__, parameters, buffers))
     device_type = max(elements, key=elements.__getitem__) if elements else "cpu"
     policies = tuple(_policies(model))

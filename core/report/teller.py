@@ -17,7 +17,7 @@ from rich.text import Text
 from ampcheck.report.ranks import gather, merged_findings, rank
 from ampcheck.report.report import Report
 from ampcheck.report.text import NAME, not_judged_line, render_finding
-from ampcheck.rules.rule import Finding, Severity, told
+from ampcheck.rules.rule import Finding, Severity
 from ampcheck.source.printable import shown
 from ampcheck.trace import Trace
 
@@ -73,7 +73,7 @@ class Teller:
         if not new:
             return
         self._told += new
-        note = "\n".join([_NOTE_HEAD, *(render_finding(finding, trace).plain for finding in told(new))])
+        note = "\n".join([_NOTE_HEAD, *(render_finding(finding, trace).plain for finding in new)])
         # Python 3.10 neither keeps notes nor shows them.
         keeps = hasattr(error, "add_note")
         if keeps:

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from ampcheck.precision import LOW_PRECISION
+from ampcheck.precision import FLOATING, LOW_PRECISION
 from ampcheck.trace import AutocastRegion, ModelInfo, StepTrace, TensorInfo, Trace
 
 _LOSS = re.compile("(?i)loss|criterion")
@@ -34,6 +34,14 @@ def wants_mixed(trace: Trace) -> bool:
     precision = trace.precision
     undeclared = precision.mode == "unknown" or not precision.explicit
     return precision.mixed or (undeclared and (scaling(trace) or bool(in_force(trace.training))))
+
+
+def low_throughout(trace: Trace) -> str | None:
+    """The low precision of a model that has it in all parameters and is to run without autocast."""
+    if trace.model is None or trace.precision.mixed or trace.scaler is not None:
+        return None
+    dtypes = {tensor.dtype for tensor in trace.model.parameters if tensor.dtype in FLOATING}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= LOW_PRECISION else None
 
 
 def casts_by_policy(trace: Trace) -> bool:

@@ -27,10 +27,10 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
     What it does
         Compares the declared precision with the autocast state at each module call of the watched training step. If
         no precision is declared, an enabled gradient scaler counts as asking for it, and so does autocast around the
-        loss alone. AMP103 reports regions for
-        another device type, and regions that PyTorch switched off. It is a warning if mixed precision was a default
-        that nobody chose, if a region held no module call but may have been entered inside one, and if the model is
-        compiled. A sharded model whose policy casts to low precision needs no autocast.
+        loss alone. AMP103 reports regions for another device type, and regions that PyTorch switched off. It is
+        information if mixed precision was a default that nobody chose, and a warning if a region held no module call
+        but may have been entered inside one, and if the model is compiled. A sharded model whose policy casts to low
+        precision needs no autocast.
 
     Why is this bad?
         The run trains in float32: correct, but with the speed and memory of float32. PyTorch does not say so.
@@ -80,13 +80,14 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
         for region in step.regions
     )
     doubtful = around_nothing or model.compiled or not precision.explicit
+    by_default = precision.mixed and not precision.explicit
     yield Evidence(
         f"{asked}, but none of the {count(calls, 'module call')} of the training step ran under autocast"
         f"{f', only {some(only_losses)}' if only_losses else ''}."
         f"{entered}{unseen}",
         sites=places(region.site for region in regions),
         data={"module_calls": calls, "asked_dtype": precision.dtype},
-        severity=Severity.WARNING if doubtful else None,
+        severity=Severity.INFO if by_default else Severity.WARNING if doubtful else None,
     )
 
 

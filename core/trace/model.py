@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Host:
-    """The framework that owns the training loop, and the fixes in its own words, by rule code."""
+    """The framework that owns the training loop, and the fixes in its own words, by rule code.
+
+    A fix for one situation of a rule comes under ``"AMP105:only-training"``; it may be empty.
+    """
 
     name: str
     version: str
@@ -31,7 +34,7 @@ class Environment:
 
 
 class TensorInfo(NamedTuple):
-    """A parameter or buffer, by its qualified name."""
+    """A parameter or buffer, by its qualified name. ``inference``: it was made under ``inference_mode``."""
 
     name: str
     dtype: str
@@ -39,6 +42,7 @@ class TensorInfo(NamedTuple):
     device_type: str
     requires_grad: bool = False
     buffer: bool = False
+    inference: bool = False
 
 
 class ModuleInfo(NamedTuple):

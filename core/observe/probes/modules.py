@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.call_sites import Instruction, site_at
 from ampcheck.observe.probes.listening import Listening, disguised, live
 from ampcheck.observe.tensors import tensors_in
 from ampcheck.observe.walk import dtype_name, is_sharded, module_names
-from ampcheck.trace import AutocastState, ModuleCall
+from ampcheck.source.lines import is_ours, is_torch
+from ampcheck.trace import AutocastState, ModuleCall, Site
 
 _CALL: Any = nn.Module._wrapped_call_impl
 
@@ -95,6 +97,18 @@ class ModuleProbe:
             module, kind, state, region, grad_enabled, in_backward, _floating(inputs), _floating(outputs), count, leaf,
             own,
         )  # fmt: skip
+
+    @property
+    def called(self) -> dict[str, Site]:
+        """The line that called each module first, without PyTorch's own."""
+        places: dict[str, Instruction] = {}
+        for entry in self._log:
+            call = LoggedCall(*entry)
+            file = call.place[0].co_filename
+            if call.module is not None and not is_torch(file) and not is_ours(file):
+                places.setdefault(call.module, call.place)
+        sites = {module: site_at(place, "call", {"module": module}) for module, place in places.items()}
+        return {module: site for module, site in sites.items() if site is not None}
 
     @property
     def current(self) -> str | None:
