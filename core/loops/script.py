@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from ampcheck.checker import AmpChecker, FindingsError
+from ampcheck.loops.caught import Caught
+from ampcheck.loops.children import Children
 from ampcheck.loops.launch import run_module, run_script, show_exception
 from ampcheck.loops.watch import watch
 
@@ -31,9 +33,14 @@ def run(
     error. Raises ``ValueError`` for invalid options, before anything runs.
     """
     checker = AmpChecker(select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report)
+    watching, children = watch(None, checker=checker), Children(checker.options, checker.switch_off)
+    watching.elsewhere = lambda: children.said
     try:
-        with watch(None, checker=checker):
-            (run_module if module else run_script)(target, args)
+        try:
+            with watching, children, Caught(checker):
+                (run_module if module else run_script)(target, args)
+        finally:
+            children.merge_reports(checker.report)
     except FindingsError as error:
         sys.stderr.write(f"ampcheck  stopped by --fail-on: {error}\n")
         return FOUND

@@ -23,7 +23,13 @@ from ampcheck.observe.statements import FUNCTIONS, LOOPS, Statements, pytorchs_c
 from ampcheck.source.lines import is_library, is_ours, is_torch, names_of
 
 # The files of PyTorch that call the user's training code; the user's code calls all others.
-_AROUND = ("/torch/utils/_contextlib.py", "/torch/amp/autocast_mode.py", "/torch/distributed/", "/torch/_dynamo/")
+_AROUND = (
+    "/torch/utils/_contextlib.py",
+    "/torch/amp/autocast_mode.py",
+    "/torch/distributed/",
+    "/torch/multiprocessing/",
+    "/torch/_dynamo/",
+)
 _BACKWARD = frozenset({"backward", "manual_backward", "scale", "step", "__call__"})
 _CONTEXTS = ("decorate_autocast", "decorate_context")
 
