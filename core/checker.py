@@ -183,7 +183,7 @@ class AmpChecker:
             if not again:
                 run.expect(self._watch_steps, info.device_type)
             self._judge("fit start", lambda findings: fit_line(run.trace, findings), quiet=again)
-            self._enforce()
+            self.enforce()
         except FindingsError:
             raise
         except Exception as error:  # noqa: BLE001 - promise: it never makes training fail
@@ -522,7 +522,7 @@ class AmpChecker:
                 if seen.phase == "evaluation" or run.training_left == 0:
                     self._judge(seen.phase, functools.partial(step_line, seen.phase, together))
             if error is None:
-                self._enforce()
+                self.enforce()
         except FindingsError:
             raise
         except Exception as fault:  # noqa: BLE001
@@ -534,7 +534,8 @@ class AmpChecker:
         report = Report(run.trace, self._with_survived(tuple(map(self._tried, findings))), not_judged)
         run.report = run.teller.tell(stage, report, line, quiet=quiet)
 
-    def _enforce(self) -> None:
+    def enforce(self) -> None:
+        """Raise ``FindingsError`` if a finding reached ``fail_on``."""
         report = self._run.report
         if report is not None and not self._run.off:
             reached = reaching(report.findings, self._fail_on)

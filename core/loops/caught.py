@@ -84,6 +84,8 @@ class Caught:
                     one.add_note(fault.note)
         except Exception as error:  # noqa: BLE001
             self._checker.switch_off(error)
+        if exc is None and any(fault.told for fault in self._numbers.values()):
+            self._checker.enforce()
 
     def _listen(self) -> None:
         doors, first = Listening(), Listening()
