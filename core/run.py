@@ -12,6 +12,7 @@ from ampcheck.observe.again import Again
 from ampcheck.observe.step import WatchedStep
 from ampcheck.report import Report
 from ampcheck.report.teller import Teller
+from ampcheck.rules.rule import Finding
 from ampcheck.trace import GraphTrace, Phase, Seen, StepTrace, Trace
 
 
@@ -29,7 +30,8 @@ class Run:
     """The state of one run.
 
     The run is attached while it holds the user's objects. ``open`` are the steps being watched, ``died`` is what the
-    last one showed that an exception left.
+    last one showed that an exception left, ``failures`` the reports on exceptions, and ``survived`` what was found on
+    those that the program went on after.
     """
 
     teller: Teller
@@ -40,6 +42,8 @@ class Run:
     evaluation_left: bool = False
     open: list[WatchedStep] = field(default_factory=list)
     died: Seen | None = None
+    failures: list[Report] = field(default_factory=list)
+    survived: tuple[Finding, ...] = ()
     off: bool = False
 
     def expect(self, watch_steps: int, device_type: str) -> None:

@@ -28,7 +28,13 @@ from ampcheck.source.syntax import FUNCTIONS, LOOPS, blocks, covers, tree_of
 from ampcheck.trace import Carried
 
 # The files of PyTorch that call the user's training code; the user's code calls all others.
-_AROUND = ("/torch/utils/_contextlib.py", "/torch/amp/autocast_mode.py", "/torch/distributed/", "/torch/_dynamo/")
+_AROUND = (
+    "/torch/utils/_contextlib.py",
+    "/torch/amp/autocast_mode.py",
+    "/torch/distributed/",
+    "/torch/multiprocessing/",
+    "/torch/_dynamo/",
+)
 _BACKWARD = frozenset({"backward", "manual_backward", "scale", "step", "__call__"})
 _CONTEXTS = ("decorate_autocast", "decorate_context")
 

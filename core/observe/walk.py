@@ -171,6 +171,8 @@ def precision_by_policy(model: ModelInfo, declared: Precision, scaler: bool) -> 
 def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerInfo:
     """Describe the optimizer, and how far its parameters are the model's."""
     own = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
+    # First of all: what follows refers to the parameters too.
+    orphans = sum(id(parameter) not in own for parameter in _held_by_nobody_else(optimizer))
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # Inside `torch.func.functional_call` other tensors stand in for the parameters: their owner is unknown.
     swapped = not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
@@ -183,7 +185,24 @@ def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Opt
         _shapes(held) == _shapes(parameter for parameter in model.parameters() if parameter.requires_grad),
         frozenset(own[id(parameter)] for parameter in held if id(parameter) in own),
         tuple(tuple(p.shape) for p in held if id(p) not in own and not swapped and type(p) not in _LAZY),
+        orphans,
     )
+
+
+def _held_by_nobody_else(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters that only the optimizer still refers to: what they belonged to is gone."""
+    # How many references a list and reading from it make differs from one Python to the next.
+    alone = _references([torch.empty(0)])[0]
+    return [
+        parameter
+        for group in optimizer.param_groups
+        for parameter, references in zip(group["params"], _references(group["params"]), strict=True)
+        if references - (parameter in optimizer.state) <= alone
+    ]
+
+
+def _references(tensors: list[torch.Tensor]) -> list[int]:
+    return [sys.getrefcount(tensor) for tensor in tensors]
 
 
 def _shapes(parameters: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:

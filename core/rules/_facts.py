@@ -6,7 +6,7 @@ from collections import Counter
 from ampcheck.precision import FLOATING, LOW_PRECISION
 from ampcheck.trace import AutocastRegion, ModelInfo, StepTrace, TensorInfo, Trace
 
-_LOSS = re.compile("(?i)loss|criterion")
+_LOSS = re.compile("(?i)loss|criterion|entropy")
 
 
 def trainable(model: ModelInfo) -> list[TensorInfo]:
@@ -19,10 +19,16 @@ def in_force(step: StepTrace | None) -> Counter[str]:
 
 
 def around_losses_only(step: StepTrace) -> list[str]:
-    """The types of the losses that ran under autocast, where nothing else did."""
+    """The losses, by type or by the name of their node, that ran under autocast, where nothing else did."""
     inside = [call for call in step.forward if call.autocast.enabled]
     losses = [call.type for call in inside if call.module is None and _LOSS.search(call.type)]
-    return list(dict.fromkeys(losses)) if len(losses) == len(inside) else []
+    if len(losses) != len(inside):
+        return []
+    # Nodes outside any module, in upper case; the rest are calls of functions.
+    nodes = [call.op for call in step.ops if call.autocast.enabled and call.module is None and call.op[0].isupper()]
+    if not all(map(_LOSS.search, nodes)):
+        return []
+    return list(dict.fromkeys(losses or nodes))
 
 
 def scaling(trace: Trace) -> bool:

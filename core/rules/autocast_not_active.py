@@ -58,24 +58,24 @@ def autocast_not_active(trace: Trace) -> Iterator[Evidence]:
     precision, model, step = trace.precision, trace.model, trace.training
     if casts_by_policy(trace):
         return
+    only_losses = around_losses_only(step)
     if precision.mixed:
         source = f" by {precision.source}" if precision.source else ""
         asked = f"Mixed {precision.dtype or 'precision'} was asked for{source}"
-    elif wants_mixed(trace) and any(parameter.dtype == "float32" for parameter in trainable(model)):
+    elif (wants_mixed(trace) or only_losses) and any(parameter.dtype == "float32" for parameter in trainable(model)):
         wanted = "An enabled gradient scaler" if scaling(trace) else "Autocast around the loss"
         asked = f"{wanted} shows that mixed precision was wanted"
     else:
         return
     calls = sum(call.count for call in step.forward)
     misplaced = misplaced_regions(trace)
-    only_losses = around_losses_only(step)
     if not calls or (in_force(step) and not only_losses) or (misplaced and covered(step, misplaced) >= 0.5):
         return
     regions = tuple({(r.device_type, r.enabled, r.site): r for r in step.regions}.values())
     entered = f" Autocast was entered {some(_spelled(region) for region in regions)}." if regions else ""
     unseen = " Part of the model is compiled, and AmpCheck cannot look into compiled code." if model.compiled else ""
     around_calls = {region.index for call in step.calls for region in step.around(call.region)}
-    around_nothing = any(
+    around_nothing = not only_losses and any(
         region.enabled and region.is_for(model.device_type) and region.index not in around_calls
         for region in step.regions
     )

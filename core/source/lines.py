@@ -17,6 +17,7 @@ from typing import Any
 
 from ampcheck.source.printable import shown
 from ampcheck.trace import Role, Site
+from ampcheck.trace.site import cell_of
 
 LISTENING = "<frozen importlib._bootstrap>"
 """The file given to our frames between PyTorch's: Python skips it in counting up to the line that a warning names.
@@ -151,7 +152,10 @@ def entered_by_user(*, depth: int = 1) -> bool:
 
 
 def short_path(file: str) -> str:
-    """``file`` relative to the working directory, if that is shorter."""
+    """``file`` relative to the working directory, if that is shorter; a notebook's cell by its number."""
+    cell = cell_of(file)
+    if cell is not None:
+        return cell
     try:
         relative = os.path.relpath(file)
     except ValueError:

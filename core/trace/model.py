@@ -60,7 +60,8 @@ class OptimizerInfo:
 
     ``unscales``: it divides by the loss scale itself, as fused optimizers do, and takes float16 gradients. ``alike``:
     its parameters have the shapes of the model's trainable ones, like those of a copy. ``names`` are
-    those of its parameters that are the model's, ``others`` the shapes of the rest.
+    those of its parameters that are the model's, ``others`` the shapes of the rest, of which nothing but the optimizer
+    holds ``orphans``.
     """
 
     type: str
@@ -71,6 +72,7 @@ class OptimizerInfo:
     alike: bool = True
     names: frozenset[str] = frozenset()
     others: tuple[tuple[int, ...], ...] = ()
+    orphans: int = 0
 
 
 @dataclass(frozen=True)

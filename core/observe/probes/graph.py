@@ -43,6 +43,10 @@ _PROMOTING = {
     "Addcmul": "addcmul",
     "Addcdiv": "addcdiv",
 }
+_LOSSES = ("Loss", "BinaryCrossEntropyWithLogits")
+_PRODUCTS = frozenset(
+    {"Mm", "Addmm", "Bmm", "Baddbmm", "Addmv", "Mv", "Dot", "Linear", "Convolution", "NativeBatchNorm"}
+)
 _BY_AUTOCAST = frozenset({"Cat", "Stack", "Addcmul", "Addcdiv"})
 _VIEWS = frozenset(
     {"Expand", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Transpose", "T", "Permute", "Slice"}
@@ -56,6 +60,7 @@ class GraphProbe:
 
     - ``backward`` itself, with the autocast state around it,
     - calls of ``binary_cross_entropy``, by their nodes,
+    - losses and matrix products under autocast outside any module, by the names of their nodes,
     - promoting functions that turned a low-precision tensor into float32 because of a float32 parameter or buffer,
     - whether a saved tensor may be stale without PyTorch noticing. If so, it calls ``suspected(frame)`` after the
       backward pass, with the frame that began it.
@@ -152,6 +157,15 @@ class GraphProbe:
                 module, state = self._around(node._sequence_nr())
                 site = self._line(node, module, "binary_cross_entropy", "BCELoss", "criterion")
                 self._count(OpCall("binary_cross_entropy", module, state, (), (), site))
+            elif kind in _PRODUCTS or kind.endswith(_LOSSES):
+                self._outside_modules(node, kind)
+
+    def _outside_modules(self, node: Any, kind: str) -> None:
+        """Record a node that was made under autocast and in no module."""
+        if next(self._modules.around(node._sequence_nr()), None) is None:
+            _, state = self._around(node._sequence_nr())
+            if state.enabled:
+                self._count(OpCall(kind, None, state, (), (), None))
 
     def _promotes(self, node: Any, kind: str) -> None:
         """Record ``node`` if a float32 parameter or buffer turned a low-precision tensor into float32."""
