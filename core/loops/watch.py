@@ -241,14 +241,20 @@ class watch:
         self._checker.nothing_seen(reason, emit=self._context["emit"], directory=self._context["directory"])
 
     def _contained(self, hook: Callable[..., None]) -> Callable[..., None]:
-        """Limit ``hook`` to the process and thread that watch, and to raising nothing but ``FindingsError``."""
+        """Limit ``hook`` to the process and thread that watch, and to raising nothing but ``FindingsError``.
+
+        The first thread to train is the one that watches.
+        """
+        may_begin = hook == self._called
 
         def call(*args: Any) -> None:
             try:
                 # Dynamo must trace the user's program alone; it also calls modules just for their shapes.
                 if torch.compiler.is_dynamo_compiling() or TracingContext.try_get() is not None:
                     return
-                if self._in_training_thread(hook == self._called):
+                process, thread = os.getpid(), threading.get_ident()
+                begins = may_begin and self._state is _State.WAITING
+                if process == self._thread[0] and (begins or thread == self._thread[1]):
                     with torch._C.DisableTorchFunction():
                         self._safely(hook, *args)
             except RecursionError:
@@ -256,12 +262,6 @@ class watch:
                 return
 
         return call
-
-    def _in_training_thread(self, training: bool = False) -> bool:
-        """Whether this is the thread that trains: the first one to call a module that does, else the one that waits."""
-        if training and self._state is _State.WAITING and os.getpid() == self._thread[0]:
-            return True
-        return (os.getpid(), threading.get_ident()) == self._thread
 
     def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._fault is not None:
@@ -362,7 +362,7 @@ class watch:
             self._checker.scaled_by(scaler, self._precision or precision_with(scaler, precision))
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._fault is not None or not self._in_training_thread():
+        if self._fault is not None or (os.getpid(), threading.get_ident()) != self._thread:
             return
         try:
             held = held_by(optimizer)
