@@ -29,7 +29,7 @@ class Run:
     """The state of one run.
 
     The run is attached while it holds the user's objects. ``open`` are the steps being watched, ``died`` is what the
-    last one showed that an exception left.
+    last one showed that an exception left. ``left`` are the positions of the exports whose exceptions left the program.
     """
 
     teller: Teller
@@ -41,6 +41,13 @@ class Run:
     open: list[WatchedStep] = field(default_factory=list)
     died: Seen | None = None
     off: bool = False
+    ended: bool = False
+    left: set[int] = field(default_factory=set)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether no model has been attached yet."""
+        return self.trace.model is None and not self.off and not self.ended
 
     def expect(self, watch_steps: int, device_type: str) -> None:
         """Set what this run watches, and the reasons to give for what it has not yet watched."""
