@@ -52,12 +52,8 @@ def export_failure(function: str, error: BaseException, *, autocast: bool) -> Ex
     message = next((line.strip() for line in text.splitlines() if line.strip()), "")
     message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
     sites = _sites(chain, texts) if fault is not None else ()
-    if (
-        fault == "data-dependent-branch"
-        and sites
-        and _NUMBER.search(sites[0].code)
-        and not _BRANCH.search(sites[0].code)
-    ):
+    line = sites[0].code if sites else ""
+    if fault == "data-dependent-branch" and _NUMBER.search(line) and not _BRANCH.search(line):
         fault = "data-dependent-number"
     return ExportFailure(function, type(error).__name__, shown(message), fault, shown(detail), sites)
 

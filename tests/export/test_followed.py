@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import warnings
 
 import numpy as np
@@ -64,7 +65,7 @@ def followed(export, *args, **options):
             export(*args)
         except FindingsError:
             raise
-        except Exception:  # noqa: BLE001 - what a program does that handles it
+        except Exception:  # noqa: BLE001, S110 - what a program does that handles it
             pass
     return watch.report, said
 
@@ -108,7 +109,7 @@ def test_a_frozen_branch_is_named_with_its_line_and_the_export():
     report, said = followed(lambda: torch.jit.trace(Gate().eval(), X))
     (finding,) = report.findings
     assert finding.code == "AMP601"
-    assert [site.code.partition("  #")[0] for site in finding.sites][0] == "if x.mean() > 0:"
+    assert finding.sites[0].code.startswith("if x.mean() > 0:")
     assert finding.sites[-1].op == "torch.jit.trace"
     assert report.to_dict()["exports"][0]["comparison"]["equal"] is False
     assert "differs" in said[0]
@@ -138,10 +139,11 @@ def test_an_onnx_export_that_leaves_training_mode_by_itself(tmp_path):
 
 def test_what_is_exported_in_turn_is_compared_with_the_module(tmp_path):
     def export():
-        program = torch.export.export(Gate(repaired=True).eval(), (X,))
+        program = torch.export.export(model, (X,))
         torch.onnx.export(program, (), str(tmp_path / "model.onnx"), dynamo=True, verbose=False)
 
     pytest.importorskip("onnxscript")
+    model = Gate(repaired=True).eval()
     report, _ = followed(export)
     assert [(one.model, one.comparison.equal) for one in report.trace.exports] == [("Gate", True), ("Gate", True)]
 
@@ -292,7 +294,7 @@ DEATHS = {
 @pytest.mark.parametrize("fault", DEATHS)
 def test_an_export_that_dies_is_explained(fault, tmp_path):
     with (
-        pytest.raises(Exception, match=".") as caught,
+        pytest.raises(Exception, match=r"\S") as caught,
         ampcheck.watch(None, report=False, emit=lambda line: None) as watch,
     ):
         DEATHS[fault](tmp_path)
@@ -335,7 +337,7 @@ def train(folder, watched):
     losses, graphs = [], []
     context = ampcheck.watch(model, report=False, emit=lambda line: None) if watched else warnings.catch_warnings()
     with context:
-        for epoch in range(3):
+        for _epoch in range(3):
             model.train()
             for _ in range(2):
                 with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -347,7 +349,9 @@ def train(folder, watched):
             # In training mode on purpose: what the export itself changes must be all that changes.
             traced = torch.jit.trace(model, X, check_trace=False)
             program = torch.export.export(model.eval(), (X,))
-            graphs += [str(traced.graph), traced.code, str(program.graph)]
+            # TorchScript counts the classes and values that a process has made.
+            graphs += [re.sub(r"___torch_mangle_\d+\.|%\d+", "", text) for text in (str(traced.graph), traced.code)]
+            graphs.append(str(program.graph))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return losses, graphs, state, model.calls, torch.get_rng_state(), random.random(), np.random.rand()
 
