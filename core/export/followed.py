@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from traceback import walk_tb
 from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,13 +27,12 @@ from ampcheck.export.eager import eager_outputs
 from ampcheck.export.failures import export_failure
 from ampcheck.export.opened import first_line
 from ampcheck.export.values import Inputs
-from ampcheck.observe.probes.containment import bare
 from ampcheck.observe.probes.listening import Listening, nobody_listening
 from ampcheck.observe.state import everything_put_back
 from ampcheck.observe.walk import is_sharded, unwrapped
 from ampcheck.report.ranks import rank
 from ampcheck.report.teller import Emit
-from ampcheck.source.lines import callers, calling_site, is_library, is_ours, is_torch
+from ampcheck.source.lines import callers, calling_site, is_library, is_torch
 from ampcheck.trace import Export, Site
 
 # What a comparison may cost: one plain call of the model, all inputs together, and the copies of parameters.
@@ -206,10 +204,8 @@ class FollowedExports:
                 comparison = compared(model, exported, inputs, trusted=True, seconds=_SECONDS)
         except (ValueError, OSError) as error:
             return replace(done, left_out=first_line(error))
-        except Exception as error:
-            if _of_ours(error):
-                raise
-            return replace(done, left_out=f"{type(error).__name__}: {first_line(bare(error))}")
+        except Exception as error:  # noqa: BLE001 - whoever raised it, the run has nothing else to fear from it
+            return replace(done, left_out=f"the comparison failed with {type(error).__name__}: {first_line(error)}")
         return replace(done, comparison=comparison)
 
     def _origin(self, given: _Given) -> tuple[nn.Module | None, Inputs | None]:
@@ -357,14 +353,6 @@ def _plain_call(model: nn.Module, inputs: Inputs) -> float:
     began = time.monotonic()
     eager_outputs(model, inputs, 0)
     return time.monotonic() - began
-
-
-def _of_ours(error: Exception) -> bool:
-    """Whether AmpCheck itself raised ``error``, and not what it called."""
-    last = None
-    for frame, _ in walk_tb(error.__traceback__):
-        last = frame
-    return last is None or is_ours(last.f_code.co_filename)
 
 
 @contextlib.contextmanager
