@@ -18,7 +18,7 @@ _SIGNS: tuple[tuple[ExportFault, str], ...] = (
     ("unregistered-tensor", r"Cannot insert a Tensor that requires grad as a constant"),
     ("data-dependent-number", r"Could not extract specialized integer from data-dependent expression"),
     ("data-dependent-branch", r"Could not guard on data-dependent expression"),
-    ("data-dependent-branch", r"Data-dependent branching"),
+    ("data-dependent-branch", r"Data-dependent branching|Dynamic control flow is not supported"),
     ("left-dispatcher", r"\.numpy\(\) is not supported for tensor subclasses"),
     ("left-dispatcher", r"Cannot access data pointer of Tensor \(e\.g\. FakeTensor"),
     ("no-fake-kernel", r"There was no fake impl registered for .*?(?P<detail>[\w.]+::?\w+)"),

@@ -63,6 +63,9 @@ class _Running:
     quiet: AbstractContextManager[None]
 
 
+_begun: list[weakref.ref[FollowedExports]] = []
+
+
 class FollowedExports:
     """Follows ``torch.jit.trace``, ``torch.jit.script``, ``torch.export.export`` and ``torch.onnx.export``.
 
@@ -94,6 +97,9 @@ class FollowedExports:
 
     def begin(self) -> None:
         self._thread = os.getpid(), threading.get_ident()
+        _begun.append(weakref.ref(self))
+        # Whoever forgets to end a run leaves nothing either.
+        weakref.finalize(self, self._listening.end)
         script: Any = torch.jit._script.RecursiveScriptModule
         self._follow("torch.jit.trace", torch.jit.trace, _traced)
         self._follow("torch.jit.trace_module", torch.jit.trace_module, _traced_methods)
@@ -109,33 +115,41 @@ class FollowedExports:
 
     def give_back(self) -> None:
         """Stop following; may be called again."""
+        _begun[:] = [one for one in _begun if one() not in (self, None)]
         self._listening.end()
         self._made_from.clear()
         self._compared.clear()
 
     def _follow(self, name: str, function: Any, read: Callable[[Mapping[str, Any]], _Given | None]) -> None:
-        signature = inspect.signature(function)
+        signature, reference = inspect.signature(function), weakref.ref(self)
 
         def before(*args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
+            me = reference()
             try:
-                return self._began(name, lambda: read(_bound(signature, args, kwargs)), args, kwargs)
+                return me and me._began(name, lambda: read(_bound(signature, args, kwargs)), args, kwargs)
             except Exception as error:  # noqa: BLE001
-                self._fail(error)
+                if me is not None:
+                    me._fail(error)
                 return None
 
         def after(result: Any, *args: Any, **kwargs: Any) -> None:
-            self._ended(lambda running: self._returned(running, result))
+            if (me := reference()) is not None:
+                me._ended(lambda running: me._returned(running, result))
 
         def failed(error: BaseException, *args: Any, **kwargs: Any) -> None:
-            with contextlib.suppress(FindingsError):
-                self._ended(lambda running: self._raised(running, error), error)
+            if (me := reference()) is not None:
+                with contextlib.suppress(FindingsError):
+                    me._ended(lambda running: me._raised(running, error), error)
 
         self._listening.to(function, before=before, after=after, failed=failed)
 
     def _began(
         self, function: str, read: Callable[[], _Given | None], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...] | None:
-        if self._running is None and (os.getpid(), threading.get_ident()) == self._thread and _by_the_program():
+        # A host's run inside `ampcheck run` reports its exports itself.
+        others = [one for each in _begun if (one := each()) is not None]
+        innermost = others[-1:] == [self] and all(one._running is None for one in others)
+        if innermost and (os.getpid(), threading.get_ident()) == self._thread and _by_the_program():
             given = read()
             if given is not None:
                 called = calling_site(depth=2)

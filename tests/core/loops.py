@@ -165,19 +165,16 @@ def traces_left() -> dict[str, Any]:
     for owner in (torch.autocast, nn.Module, torch.Tensor, torch.optim.Optimizer, torch.amp.GradScaler):
         left[owner.__name__] = {k: v for k, v in vars(owner).items() if k not in ALTERED and k[:3] != "___"}
     left["torch.autograd"] = dict(vars(torch.autograd))
-    exporting = (torch.jit, torch.jit._script.RecursiveScriptModule, torch.export, torch.onnx)
-    listened = (
-        torch.autograd,
-        torch.autograd.graph,
-        torch.nn.utils,
-        torch.autocast,
-        nn.Module,
-        torch.Tensor,
-        *exporting,
-    )
+    listened = (torch.autograd, torch.autograd.graph, torch.nn.utils, torch.autocast, nn.Module, torch.Tensor)
     for owner in (*listened, torch.optim.Optimizer, torch.amp.GradScaler, torch.autograd.graph.saved_tensors_hooks):
         functions = {k: getattr(inspect.unwrap(v), "__code__", None) for k, v in vars(owner).items() if callable(v)}
         functions = {k: v for k, v in functions.items() if k not in ALTERED and k[:3] != "___"}
         left[f"codes of {owner.__name__}"] = functions
     left["sys"] = sys.excepthook, sys.getprofile(), sys.gettrace(), threading.excepthook
     return left
+
+
+def exports_left() -> dict[str, Any]:
+    """The code of PyTorch's export functions, which is exchanged until a run ends."""
+    owners = (torch.jit, torch.jit._script.RecursiveScriptModule, torch.export, torch.onnx)
+    return {f"codes of {o.__name__}": {k: getattr(v, "__code__", None) for k, v in vars(o).items()} for o in owners}

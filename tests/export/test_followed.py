@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import re
@@ -287,7 +288,7 @@ DEATHS = {
     "not-in-torchscript": lambda folder: torch.jit.script(Named()),
     "no-onnx-operator": lambda folder: onnx(Bessel(), False, folder / "model.onnx"),
     "not-a-tensor": lambda folder: torch.jit.trace(Pair(), X),
-    "left-dispatcher": lambda folder: torch.export.export(Numpy(), (X,)),
+    "left-dispatcher": lambda folder: torch.export.export(Numpy(), (X,), strict=False),
 }
 
 
@@ -386,3 +387,22 @@ def test_the_program_s_output_stays_quiet(capsys):
     alone = capsys.readouterr().out
     followed(lambda: torch.jit.trace(model, X, check_trace=False))
     assert capsys.readouterr().out == alone
+
+
+def test_of_two_that_follow_the_inner_one_reports(tmp_path):
+    model = Gate().eval()
+    with ampcheck.watch(None, report=False, emit=lambda line: None) as outer:
+        inner, _ = followed(lambda: torch.jit.trace(model, X))
+        torch.export.export(Gate(repaired=True).eval(), (X,))
+    assert codes(inner) == ["AMP601"]
+    assert [export.function for export in outer.report.trace.exports] == ["torch.export.export"]
+
+
+def test_a_session_that_is_never_ended_leaves_nothing():
+    before = torch.jit.trace.__code__
+    session = ampcheck.Session(report=False)
+    session.attach(Gate(), emit=lambda line: None)
+    assert torch.jit.trace.__code__ is not before
+    del session
+    gc.collect()
+    assert torch.jit.trace.__code__ is before
