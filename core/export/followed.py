@@ -121,12 +121,12 @@ class FollowedExports:
         self._compared.clear()
 
     def _follow(self, name: str, function: Any, read: Callable[[Mapping[str, Any]], _Given | None]) -> None:
-        signature, reference = inspect.signature(function), weakref.ref(self)
+        signature, reference = _signature(function), weakref.ref(self)
 
         def before(*args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
             me = reference()
             try:
-                return me and me._began(name, lambda: read(_bound(signature, args, kwargs)), args, kwargs)
+                return me._began(name, lambda: read(_bound(signature, args, kwargs)), args, kwargs) if me else None
             except Exception as error:  # noqa: BLE001
                 if me is not None:
                     me._fail(error)
@@ -256,6 +256,14 @@ def _one_frame_deeper(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
         return None
     optimize, frames_up = (*args[1:3], None, 0)[:2] if len(args) < 3 else args[1:3]
     return (args[0], optimize, (frames_up or 0) + 1, *args[3:])
+
+
+_signatures: dict[Any, inspect.Signature] = {}
+
+
+def _signature(function: Any) -> inspect.Signature:
+    """The signature of a function, also while somebody listens to it and its code takes anything."""
+    return _signatures.setdefault(function, inspect.signature(function))
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
