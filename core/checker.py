@@ -44,14 +44,15 @@ from ampcheck.precision import Precision
 from ampcheck.report import Report
 from ampcheck.report.ranks import rank
 from ampcheck.report.teller import Emit, Line, Log, Teller
-from ampcheck.report.text import NAME, fit_line, step_line
+from ampcheck.report.text import NAME, export_line, fit_line, step_line
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
 from ampcheck.rules.rule import Edit, Finding, Severity
 from ampcheck.run import Held, Run
-from ampcheck.trace import Failure, GraphFreed, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, Trace
+from ampcheck.trace import Export, Failure, GraphFreed, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, Trace
 
 _DIAGNOSED = "_ampcheck_diagnosed"
+_EXPORT = "_ampcheck_export"
 _NOTHING = contextlib.nullcontext()
 # Each rerun covers more of the program around the failing line, and costs about as much as the step.
 _MOST_RERUNS = 4
@@ -85,8 +86,8 @@ class AmpChecker:
     ``select`` and ``ignore`` take rule codes or prefixes of them. ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) makes ``attach`` and the watched step raise ``FindingsError``. ``watch_steps`` is the number of
     training steps to watch. ``report`` is the path of the JSON report, true for ``ampcheck.json`` in the directory that
-    the host names, or false for none. Raises ``ValueError`` for invalid options, ``TypeError`` for options of the wrong
-    type.
+    the host names, or false for none. ``exports``: whether the exports that the run makes are compared. Raises
+    ``ValueError`` for invalid options, ``TypeError`` for options of the wrong type.
 
     No method raises anything but ``FindingsError``: a fault in AmpCheck itself becomes one warning, and the checker
     switches itself off.
@@ -100,6 +101,7 @@ class AmpChecker:
         fail_on: str = "never",
         watch_steps: int = 1,
         report: bool | str | os.PathLike[str] = True,
+        exports: bool = True,
     ) -> None:
         if isinstance(watch_steps, bool) or not isinstance(watch_steps, int) or watch_steps < 0:
             raise ValueError(f"watch_steps must be a number of steps, 0 or more, not {watch_steps!r}")
@@ -107,11 +109,12 @@ class AmpChecker:
             raise TypeError(f"report must be a path, true or false, not {type(report).__name__}")
         select, ignore = _codes("select", select), _codes("ignore", ignore)
         self._options: dict[str, Any] = {"select": select, "ignore": ignore, "fail_on": fail_on}
-        self._options |= {"watch_steps": watch_steps, "report": report}
+        self._options |= {"watch_steps": watch_steps, "report": report, "exports": exports}
         self._rules = selected(select, ignore)
         self._fail_on = threshold(fail_on)
         self._watch_steps = watch_steps
         self._destination = report
+        self.follows_exports = exports
         self._run = self._new_run()
 
     def _new_run(self) -> Run:
@@ -160,7 +163,7 @@ class AmpChecker:
         """
         try:
             again = self._run.held is not None
-            run = self._run if again else self._new_run()
+            run = self._run if again or self._run.waiting else self._new_run()
             self._run = run
             if run.off:
                 return None
@@ -270,6 +273,8 @@ class AmpChecker:
             run = self._run
             if run.off or not isinstance(error, Exception) or isinstance(error, FindingsError):
                 return
+            if not swallowed:
+                run.left.update(_exports_behind(error))
             number = getattr(error, _DIAGNOSED, 0)
             if number:
                 # What seemed caught has come through.
@@ -389,14 +394,17 @@ class AmpChecker:
     def detach(self) -> None:
         """Remove everything and let go of the model. Report once what could not be judged. May be called again."""
         try:
-            run, report = self._run, self._run.report
+            run = self._run
             run.abandon()
+            self._settle_exports()
+            report = run.report
             if run.held is not None and report is not None and report.trace.failure is None and not run.off:
                 run.teller.say_not_judged(report.not_judged)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
         finally:
             self._run.held = None
+            self._run.ended = True
 
     def start_over(self) -> None:
         """Forget the attached model and what was seen of it: it is not the model that trains."""
@@ -405,6 +413,8 @@ class AmpChecker:
             before.abandon()
             self._run = self._new_run()
             self._run.failures, self._run.survived = before.failures, before.survived
+            self._run.trace = Trace(exports=before.trace.exports)
+            self._run.teller.remember(self._judged(before.trace.exports))
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
@@ -445,19 +455,79 @@ class AmpChecker:
     ) -> None:
         """Report, at the end of a run in which no model was attached, that nothing could be judged, and why."""
         try:
-            failures, survived = self._run.failures, self._run.survived
-            self._run = run = self._new_run()
-            run.failures, run.survived = failures, survived
+            before = self._run
+            self._run = run = before if before.waiting else self._new_run()
+            run.failures, run.survived = before.failures, before.survived
             run.teller.emit, run.teller.directory = emit, Path(directory) if directory is not None else None
             unobserved = dict.fromkeys(("model", "training", "evaluation"), reason)
-            run.trace = Trace(environment=environment(), unobserved=unobserved)
+            run.trace = replace(run.trace, environment=environment(), unobserved=unobserved)
             findings, not_judged = judge(run.trace, self._rules)
             run.report = Report(run.trace, self._with_survived(findings), not_judged)
-            if rank() == 0:
+            if rank() == 0 and not run.trace.exports:
                 run.teller.say(Text(f"{NAME}  nothing was judged: {reason}"))
             run.teller.write(run.report)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
+
+    def exported(
+        self,
+        export: Export,
+        error: BaseException | None = None,
+        *,
+        emit: Emit | None = None,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Take an export of the program into the report; ``error`` is what it raised, and gets a note if it is known
+        why. ``emit`` and ``directory`` are those of ``attach``, which may come later. Raises ``FindingsError``."""
+        run = self._run
+        if run.off:
+            return
+        try:
+            run.teller.emit = run.teller.emit or emit
+            run.teller.directory = run.teller.directory or (Path(directory) if directory is not None else None)
+            findings = self._judged((export,))
+            if error is not None:
+                with contextlib.suppress(AttributeError):
+                    setattr(error, _EXPORT, len(run.trace.exports))
+            run.trace = replace(run.trace, exports=(*run.trace.exports, export))
+            run.report = _with(run.report or Report(run.trace), run.trace, findings)
+            if error is not None:
+                run.teller.note(error, findings, run.trace)
+            elif rank() == 0:
+                run.teller.say(export_line(export))
+                run.teller.say_findings(run.teller.remember(findings), run.trace)
+            run.teller.write(run.report)
+            if error is None:
+                self.enforce()
+        except FindingsError:
+            raise
+        except Exception as fault:  # noqa: BLE001
+            self.switch_off(fault)
+
+    def _settle_exports(self) -> None:
+        """Report the exports that died without the program dying of it."""
+        run = self._run
+        died = [
+            (place, export.failure)
+            for place, export in enumerate(run.trace.exports)
+            if export.failure is not None and not export.failure.handled and place not in run.left
+        ]
+        if not died or run.off or run.report is None:
+            return
+        exports = list(run.trace.exports)
+        for place, failure in died:
+            exports[place] = replace(exports[place], failure=replace(failure, handled=True))
+        before, after = self._judged(run.trace.exports), self._judged(exports)
+        kept = tuple(finding for finding in run.report.findings if finding not in before)
+        run.trace = replace(run.trace, exports=tuple(exports))
+        trace = replace(run.report.trace, exports=run.trace.exports)
+        run.report = _with(replace(run.report, findings=kept), trace, after)
+        if rank() == 0:
+            run.teller.say_findings(run.teller.remember(after), run.trace)
+        run.teller.write(run.report)
+
+    def _judged(self, exports: Iterable[Export]) -> tuple[Finding, ...]:
+        return judge(Trace(host=self._run.trace.host, exports=tuple(exports)), self._rules)[0]
 
     def switch_off(self, error: Exception, *, emit: Emit | None = None) -> None:
         """Switch AmpCheck off for the rest of the run, with one warning about its own fault.
@@ -550,3 +620,19 @@ def _explains(graph: GraphTrace, failure: Failure) -> bool:
     if isinstance(failure.facts, GraphFreed):
         return len(graph.backwards) > 1
     return bool(graph.cut) if isinstance(failure.facts, NoGraph) else True
+
+
+def _with(report: Report, trace: Trace, findings: Iterable[Finding]) -> Report:
+    """``report`` on ``trace``, with more findings, the most severe first."""
+    together = sorted((*report.findings, *findings), key=lambda finding: (-finding.severity, finding.code))
+    return replace(report, trace=trace, findings=tuple(together))
+
+
+def _exports_behind(error: BaseException) -> set[int]:
+    """The positions of the exports that raised ``error`` or one of its causes."""
+    seen: dict[int, BaseException] = {}
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen[id(link)] = link
+        link = link.__cause__ or link.__context__
+    return {getattr(one, _EXPORT) for one in seen.values() if hasattr(one, _EXPORT)}

@@ -45,6 +45,9 @@ def run(
     ] = "never",
     select: Annotated[str, typer.Option(metavar="CODES", help="Judge only these rules: AMP101,AMP2,...")] = "",
     ignore: Annotated[str, typer.Option(metavar="CODES", help="Do not judge these rules.")] = "",
+    no_exports: Annotated[
+        bool, typer.Option("--no-exports", help="Leave exports alone instead of comparing them.")
+    ] = False,
 ) -> int:
     """Run a training script, unmodified, under the checker."""
     from ampcheck.loops.script import run as run_under_checker
@@ -66,6 +69,7 @@ def run(
             fail_on=fail_on,
             watch_steps=watch_steps,
             report=json or False,
+            exports=not no_exports,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

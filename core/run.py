@@ -31,7 +31,8 @@ class Run:
 
     The run is attached while it holds the user's objects. ``open`` are the steps being watched, ``died`` is what the
     last one showed that an exception left, ``failures`` the reports on exceptions, and ``survived`` what was found on
-    those that the program went on after.
+    those that the program went on after. ``left`` are the
+    positions of the exports whose exceptions left the program.
     """
 
     teller: Teller
@@ -45,6 +46,13 @@ class Run:
     failures: list[Report] = field(default_factory=list)
     survived: tuple[Finding, ...] = ()
     off: bool = False
+    ended: bool = False
+    left: set[int] = field(default_factory=set)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether no model has been attached yet."""
+        return self.trace.model is None and not self.off and not self.ended
 
     def expect(self, watch_steps: int, device_type: str) -> None:
         """Set what this run watches, and the reasons to give for what it has not yet watched."""

@@ -30,6 +30,7 @@ def run(
     fail_on: str = "never",
     watch_steps: int = 1,
     report: bool | str | os.PathLike[str] = False,
+    exports: bool = True,
 ) -> int:
     """Run the script (or, with ``module``, the module) ``target`` with ``args`` as ``__main__``, under the checker.
 
@@ -37,7 +38,9 @@ def run(
     if a finding reached ``fail_on``. ``SystemExit`` of the script passes through. AmpCheck's own lines go to standard
     error. Raises ``ValueError`` for invalid options, before anything runs.
     """
-    checker = AmpChecker(select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report)
+    checker = AmpChecker(
+        select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report, exports=exports
+    )
     watching, children = watch(None, checker=checker), Children(checker.options, checker.switch_off)
     watching.elsewhere = lambda: children.said
     leaving = Listening()

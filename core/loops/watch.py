@@ -19,6 +19,7 @@ from torch import nn
 from torch._guards import TracingContext
 
 from ampcheck.checker import AmpChecker, FindingsError
+from ampcheck.export.followed import FollowedExports
 from ampcheck.loops.evaluation import FirstEvaluation
 from ampcheck.loops.shown import (
     held_by,
@@ -77,7 +78,9 @@ class watch:
 
     The first call of ``model`` in training mode with gradients is the fit start and opens the watched step. The first
     such call after an ``optimizer.step()``, or ``model.eval()``, ends it. The first call after ``model.eval()`` is the
-    watched evaluation step. After that nothing is left in place. An exception that leaves the block carries a note.
+    watched evaluation step. After that nothing is left in place but that exports in the block are followed: each result
+    is compared with its module as ``ampcheck.compare`` does, unless ``exports`` is false. An exception that leaves the
+    block carries a note.
 
     ``model`` is the module that the loop calls; ``None`` takes the first one that trains. ``optimizer`` may be several.
     If they are not given, optimizers are looked for among the objects alive at fit start, by the parameters they hold,
@@ -125,6 +128,7 @@ class watch:
         self._autocast = AutocastProbe()
         self._training = ExitStack()
         self._evaluation = FirstEvaluation(self._checker, self._roots, self._evaluation_began, self._contained)
+        self._exports = FollowedExports(self._checker, self._give_up, emit=emit, directory=directory)
         self._outermost: nn.Module | None = None
         self._attached: nn.Module | None = None
         self._strangers: list[torch.optim.Optimizer] = []
@@ -164,6 +168,8 @@ class watch:
         self._training.callback(undo, steps.end)
         steps.to(torch.optim.Optimizer._optimizer_step_code, before=self._stepped)
         self._evaluation.wait()
+        if self._checker.follows_exports:
+            self._exports.begin()
 
     def _wait(self) -> None:
         """Wait for the first call of a module that trains, wherever it comes from."""
@@ -209,9 +215,9 @@ class watch:
     def _let_go(self) -> None:
         """Remove everything, even if one of the removals raises."""
         self._state = _State.DONE
-        for held in (self._training, self._evaluation):
+        for close in (self._training.close, self._evaluation.close, self._exports.give_back):
             try:
-                held.close()
+                close()
             except Exception as error:  # noqa: BLE001
                 self._checker.switch_off(error)
 

@@ -17,6 +17,7 @@ from ampcheck.rules.double_precision import double_precision
 from ampcheck.rules.dtype_mismatch import dtype_mismatch
 from ampcheck.rules.ema_low_precision import ema_low_precision
 from ampcheck.rules.export_differs import export_differs
+from ampcheck.rules.export_failed import export_failed
 from ampcheck.rules.first_step_skipped import first_step_skipped
 from ampcheck.rules.fused_optimizer_clipping import fused_optimizer_clipping
 from ampcheck.rules.graph_freed_or_detached import graph_freed_or_detached
@@ -102,5 +103,6 @@ RULES: tuple[Rule, ...] = (
     constant_baked_into_trace,
     opaque_call_in_graph,
     autocast_captured_in_trace,
+    export_failed,
     internal_error,
 )
