@@ -163,6 +163,7 @@ class WatchedStep:
             ops=self._graph.calls if self._graph else (),
             model=self._info,
             scaling=self._scaler.calls if self._scaler else (),
+            collapse=self._scaler.collapse if self._scaler else None,
             died_of=described(self._died_of) if self._died_of is not None else None,
             called=self._modules.called if self._died_of is not None else {},
         )

@@ -19,7 +19,8 @@ def loss_scale_collapse(trace: Trace) -> Iterator[Evidence]:
 
     What it does
         Counts the optimizer steps that the scaler skipped. Reports only if three or more steps were watched
-        (`watch_steps=`) and all of them were skipped: one or two at the start are normal.
+        (`watch_steps=`), all of them were skipped, and no loss was finite or the scale fell below 1: a fresh scaler
+        skips a few steps while it searches its scale.
 
     Why is this bad?
         A scaler halves its scale at each overflow. If the loss itself is not finite, no scale helps: it falls towards
@@ -40,7 +41,10 @@ def loss_scale_collapse(trace: Trace) -> Iterator[Evidence]:
     """
     assert trace.training is not None
     steps = [call for call in trace.training.scaling if call.op == "step" and call.skipped is not None]
-    if len(steps) >= _ENOUGH and all(call.skipped for call in steps):
+    collapse = trace.training.collapse
+    # While losses are finite, a fresh scaler may still search for its scale.
+    fallen = collapse is None or collapse.scale < 1 or not collapse.finite
+    if len(steps) >= _ENOUGH and all(call.skipped for call in steps) and fallen:
         yield Evidence(
             f"The scaler skipped all {len(steps)} watched optimizer steps, and lowered its scale each time.",
             sites=places([steps[0].site]),

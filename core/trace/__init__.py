@@ -68,7 +68,17 @@ from ampcheck.trace.scaler_failures import (
     WithoutGradient,
 )
 from ampcheck.trace.site import Role, Site
-from ampcheck.trace.step import AutocastRegion, AutocastState, ModuleCall, OpCall, Operand, Phase, ScalerCall, StepTrace
+from ampcheck.trace.step import (
+    AutocastRegion,
+    AutocastState,
+    Collapse,
+    ModuleCall,
+    OpCall,
+    Operand,
+    Phase,
+    ScalerCall,
+    StepTrace,
+)
 from ampcheck.trace.trace import Seen, Trace
 
 __all__ = [
@@ -81,6 +91,7 @@ __all__ = [
     "CapturedCasts",
     "Carried",
     "Cause",
+    "Collapse",
     "Comparison",
     "CustomFunction",
     "CustomFunctionState",

@@ -112,6 +112,13 @@ class ScalerCall:
     skipped: bool | None = None
 
 
+class Collapse(NamedTuple):
+    """A scaler that skipped every step: its ``scale`` by then, and whether any loss was ``finite``."""
+
+    scale: float
+    finite: bool
+
+
 # How two steps merge a fact. A field without one fails as soon as two steps are watched.
 _ADDED, _EITHER, _BOTH = {"merge": operator.add}, {"merge": operator.or_}, {"merge": operator.and_}
 _LATER = {"merge": lambda earlier, later: later}
@@ -132,6 +139,7 @@ class StepTrace:
     cache_cleared: bool = field(default=False, metadata=_EITHER)
     complete: bool = field(default=True, metadata=_BOTH)
     scaling: tuple[ScalerCall, ...] = field(default=(), metadata=_ADDED)
+    collapse: Collapse | None = field(default=None, metadata=_LATER)
     died_of: str | None = field(default=None, metadata=_LATER)
     called: Mapping[str, Site] = field(default_factory=dict, metadata=_LATER)
 

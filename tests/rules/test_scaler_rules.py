@@ -8,7 +8,7 @@ import pytest
 from rules.traces import BF16, ERROR, FP16, INFO, NET, WARNING, call, findings, found, model, only, site, step, trace
 
 from ampcheck.precision import Precision
-from ampcheck.trace import OptimizerInfo, ScalerCall, ScalerInfo, Trace
+from ampcheck.trace import Collapse, OptimizerInfo, ScalerCall, ScalerInfo, Trace
 
 UNDECLARED = Precision()
 DISABLED = ScalerInfo("GradScaler", False, "cuda")
@@ -46,6 +46,11 @@ PAIRS = (
         scaling(SCALE, BACKWARD, UNSCALE, CLIP, STEP, UPDATE),
     ),
     ("AMP307", scaling(*(SCALE, BACKWARD, SKIPPED, UPDATE) * 3), scaling(SCALE, BACKWARD, SKIPPED, STEP, STEP)),
+    (
+        "AMP307",
+        trace(training=step(scaling=(SCALE, BACKWARD, SKIPPED, UPDATE) * 3, collapse=Collapse(0.5, True))),
+        trace(training=step(scaling=(SCALE, BACKWARD, SKIPPED, UPDATE) * 3, collapse=Collapse(8192.0, True))),
+    ),
     ("AMP309", trace(optimizers=(OTHERS,)), trace()),
     ("AMP310", scaling(SCALE, BACKWARD, SKIPPED, UPDATE), scaling(SCALE, BACKWARD, STEP, UPDATE)),
     ("AMP311", scaling(BACKWARD_UNSCALED, STEP, UPDATE), scaling(SCALE, BACKWARD, STEP, UPDATE)),

@@ -14,9 +14,10 @@ import torch
 from ampcheck.observe.autograd import leaves_behind, nodes_behind
 from ampcheck.observe.probes.containment import contained
 from ampcheck.observe.probes.listening import Listening
+from ampcheck.observe.probes.modes import alone
 from ampcheck.observe.tensors import tensors_in
 from ampcheck.source.lines import calling_site
-from ampcheck.trace import ScalerCall, Site
+from ampcheck.trace import Collapse, ScalerCall, Site
 
 _CLIPPING = ("clip_grad_norm_", "clip_grad_value_")
 # How many nodes behind a loss its scaling may be: `scaler.scale(a) + scaler.scale(b)`, `scaler.scale(a) / steps`.
@@ -51,6 +52,7 @@ class ScalerProbe:
         self._unscaled: set[int] = set()
         self._stepped: set[int] = set()
         self._scale_was_read = False
+        self._finite: list[torch.Tensor] = []
         self._listening = Listening()
 
     @property
@@ -59,6 +61,15 @@ class ScalerProbe:
         if not any(event.op in ("scale", "unscale", "step", "update") for event in self._events):
             return ()
         return tuple(self._call(event) for event in self._events)
+
+    @property
+    def collapse(self) -> Collapse | None:
+        """How far the loss scale has fallen, if every step so far was skipped; reading it waits for the device."""
+        steps = [event.skipped for event in self._events if event.op == "step"]
+        scale = getattr(self.used, "_scale", None)
+        if not steps or not all(steps) or not isinstance(scale, torch.Tensor):
+            return None
+        return Collapse(float(scale), any(map(bool, self._finite)))
 
     def _call(self, event: _Event) -> ScalerCall:
         optimizers = [event.optimizer] if event.optimizer is not None else []
@@ -137,6 +148,8 @@ class ScalerProbe:
 
     @contained
     def _will_go_back(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        with alone():
+            self._finite += [torch.isfinite(loss).all() for loss in tensors_in(tensors)]
         if torch._C._current_graph_task_id() != -1 or any(gradient is not None for gradient in _listed(grad_tensors)):
             return
         scaled = any(any(node is one for one in self._scaled_nodes) for node in nodes_behind(tensors, _NEAR))
