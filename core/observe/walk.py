@@ -145,8 +145,12 @@ def _policies(model: nn.Module) -> Iterator[Policy]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parts of the model live on other ranks and are gathered for each forward pass."""
-    kinds = _sharded_types()
-    return bool(kinds) and any(isinstance(module, kinds) for module in model.modules())
+    return bool(_sharded_types()) and any(map(is_sharded_itself, model.modules()))
+
+
+def is_sharded_itself(module: nn.Module) -> bool:
+    """Whether the module gathers its own parameters before its forward pass, and shards them again after it."""
+    return isinstance(module, _sharded_types())
 
 
 def _sharded_types() -> tuple[type, ...]:

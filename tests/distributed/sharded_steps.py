@@ -90,6 +90,15 @@ def sharded(
     return fully_shard(model, mesh=mesh, mp_policy=root)
 
 
+def sharded_layers() -> nn.Module:
+    """``fully_shard`` on the layers themselves."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    for layer in (model[1], model[3]):
+        fully_shard(layer, mesh=mesh, mp_policy=BFLOAT16)
+    return fully_shard(model, mesh=mesh, mp_policy=BFLOAT16)
+
+
 def wrapped(original: bool) -> nn.Module:
     """The same by the wrapper that came before ``fully_shard``."""
     return FullyShardedDataParallel(
@@ -112,6 +121,7 @@ def bfloat16_region() -> Any:
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "policy": (sharded, contextlib.nullcontext),
     "bare-policy": (sharded, contextlib.nullcontext),
+    "layers": (sharded_layers, contextlib.nullcontext),
     "float32": (functools.partial(sharded, NONE, NONE), contextlib.nullcontext),
     "float32-block": (functools.partial(sharded, last=FLOAT32, second=OwnCasts), contextlib.nullcontext),
     "autocast": (functools.partial(sharded, NONE, NONE), bfloat16_region),

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SOUND = [
+    "layers",
     "policy",
     "float32",
     "float32-block",

@@ -15,7 +15,7 @@ from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.call_sites import Instruction, site_at
 from ampcheck.observe.probes.listening import Listening, disguised, live
 from ampcheck.observe.tensors import tensors_in
-from ampcheck.observe.walk import dtype_name, is_sharded, module_names
+from ampcheck.observe.walk import dtype_name, is_sharded, is_sharded_itself, module_names
 from ampcheck.source.lines import is_ours, is_torch
 from ampcheck.trace import AutocastState, ModuleCall, Site
 
@@ -148,7 +148,10 @@ class ModuleProbe:
         self._local.stack.clear()
 
     def _own_dtypes(self, module: nn.Module) -> tuple[str, ...]:
-        # Only during the call are parameters whole, and in the dtype that forward computes in.
+        # Only during the call are parameters whole, and in the dtype that forward computes in. A module that is sharded
+        # itself has been sharded again by now.
+        if is_sharded_itself(module):
+            return ()
         return tuple(sorted(set(floating_dtypes(p for p in module._parameters.values() if p is not None))))
 
 
