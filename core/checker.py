@@ -23,6 +23,8 @@ from torch import nn
 from ampcheck.failure import examine
 from ampcheck.observe.again import FailedAgain
 from ampcheck.observe.edited import Edited, keeps_effect
+from ampcheck.observe.finite import Scale, State
+from ampcheck.observe.guard import Guard, Noticed
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
@@ -47,16 +49,28 @@ from ampcheck.report.text import NAME, fit_line, step_line
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
 from ampcheck.rules.rule import Edit, Finding, Severity
-from ampcheck.run import Held, Run
-from ampcheck.trace import Failure, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, Trace
+from ampcheck.run import FindBatch, Held, Rerun, Run
+from ampcheck.trace import (
+    Failure,
+    GraphTrace,
+    Host,
+    NoGraph,
+    NonFinite,
+    Phase,
+    SavedTensorModified,
+    Trace,
+    ValueRejected,
+)
 
 _DIAGNOSED = "_ampcheck_diagnosed"
 _NOTHING = contextlib.nullcontext()
 # Each rerun covers more of the program around the failing line, and costs about as much as the step.
 _MOST_RERUNS = 3
-
-Rerun = Callable[[], object]
-FindBatch = Callable[[Iterable[FrameType]], Rerun | None]
+# A run whose numbers fail in more ways than these has told enough.
+_MOST_DIAGNOSES = 6
+# How many backward passes are looked at after something was wrong.
+_REARMED = 8
+NUMERICS = ("off", "free", "guard", "stop")
 
 
 class FindingsError(Exception):
@@ -84,8 +98,10 @@ class AmpChecker:
     ``select`` and ``ignore`` take rule codes or prefixes of them. ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) makes ``attach`` and the watched step raise ``FindingsError``. ``watch_steps`` is the number of
     training steps to watch. ``report`` is the path of the JSON report, true for ``ampcheck.json`` in the directory that
-    the host names, or false for none. Raises ``ValueError`` for invalid options, ``TypeError`` for options of the wrong
-    type.
+    the host names, or false for none. ``numerics`` says how to look for losses and gradients that are not finite:
+    ``"free"`` only where training stops anyway, ``"guard"`` once a step, ``"stop"`` once a step before the optimizer's,
+    raising ``FloatingPointError``, and ``"off"`` not at all. Raises ``ValueError`` for invalid options, ``TypeError``
+    for options of the wrong type.
 
     No method raises anything but ``FindingsError``: a fault in AmpCheck itself becomes one warning, and the checker
     switches itself off.
@@ -99,18 +115,22 @@ class AmpChecker:
         fail_on: str = "never",
         watch_steps: int = 1,
         report: bool | str | os.PathLike[str] = True,
+        numerics: str = "free",
     ) -> None:
+        if numerics not in NUMERICS:
+            raise ValueError(f"numerics must be 'off', 'free', 'guard' or 'stop', not {numerics!r}")
         if isinstance(watch_steps, bool) or not isinstance(watch_steps, int) or watch_steps < 0:
             raise ValueError(f"watch_steps must be a number of steps, 0 or more, not {watch_steps!r}")
         if not isinstance(report, (bool, str, os.PathLike)):
             raise TypeError(f"report must be a path, true or false, not {type(report).__name__}")
         select, ignore = _codes("select", select), _codes("ignore", ignore)
         self._options: dict[str, Any] = {"select": select, "ignore": ignore, "fail_on": fail_on}
-        self._options |= {"watch_steps": watch_steps, "report": report}
+        self._options |= {"watch_steps": watch_steps, "report": report, "numerics": numerics}
         self._rules = selected(select, ignore)
         self._fail_on = threshold(fail_on)
         self._watch_steps = watch_steps
         self._destination = report
+        self._numerics = numerics
         self._run = self._new_run()
 
     def _new_run(self) -> Run:
@@ -165,7 +185,7 @@ class AmpChecker:
                 return None
             run.teller.emit, run.teller.log = emit, log
             run.teller.directory = Path(directory) if directory is not None else None
-            run.held = held = Held(model, unwrapped(model), tuple(optimizers), scaler)
+            run.held = held = Held(model, unwrapped(model), tuple(optimizers), scaler, averaged)
             with alone():
                 info = replace(walk(held.model), compiled=is_compiled(model))
                 scaling = scaler is not None and scaler.is_enabled()
@@ -181,6 +201,10 @@ class AmpChecker:
                 )
             if not again:
                 run.expect(self._watch_steps, info.device_type)
+            if scaler is not None and scaler.is_enabled():
+                run.scale = run.scale or Scale(scaler, held.optimizers)
+            if self._numerics in ("guard", "stop"):
+                self._guard()
             self._judge("fit start", lambda findings: fit_line(run.trace, findings), quiet=again)
             self._enforce()
         except FindingsError:
@@ -201,6 +225,8 @@ class AmpChecker:
             run.held = run.held._replace(scaler=scaler)
             precision = precision_by_policy(run.trace.model, precision, scaler.is_enabled())
             run.trace = replace(run.trace, scaler=examine_scaler(scaler), precision=precision)
+            if scaler.is_enabled():
+                run.scale = run.scale or Scale(scaler, run.held.optimizers)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
@@ -227,6 +253,7 @@ class AmpChecker:
         used a tensor that was overwritten unseen, ``batch`` is called with the frames that run it, innermost first: it
         returns the ``batch`` of ``diagnose`` for this step, or ``None``.
         """
+        self._run.find_batch = batch
         return self._step("training", None, autocast, batch) if self._run.training_left > 0 else _NOTHING
 
     def evaluation_step(
@@ -285,6 +312,8 @@ class AmpChecker:
             trace = replace(run.trace, failure=failure)
             for one in seen:
                 trace = trace.showing(one)
+            if isinstance(failure.facts, ValueRejected):
+                trace = replace(trace, numbers=self._rejected(error, batch))
             if isinstance(failure.facts, SavedTensorModified) and run.held is not None:
                 graph = trace.graph or GraphTrace()
                 if not graph.stale:
@@ -292,7 +321,7 @@ class AmpChecker:
                     trace = replace(trace, graph=replace(graph, stale=stale_behind(error, run.held.model)))
             report = self._judge_failure(trace, functools.partial(self._runs_with, error, batch, again))
             if failure.facts is not None:
-                crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
+                crashes = {rule.code for rule in self._rules if {"failure", "numbers"}.intersection(rule.needs)}
                 findings = (one for one in report.findings if one.severity is Severity.ERROR or one.code in crashes)
                 run.teller.note(error, findings, trace, aloud=swallowed)
             run.teller.write(report)
@@ -300,6 +329,135 @@ class AmpChecker:
                 self.switch_off(fault)
         except Exception as fault:  # noqa: BLE001 - the user's exception stays in front, whatever happens to ours
             self.switch_off(fault)
+
+    def look(self, moment: str, *, steps: int | None = None) -> None:
+        """Look at the numbers where training stops anyway: at weights, statistics, the averaged model and the scale.
+
+        ``moment`` says when that is (``"at the end of epoch 3"``), ``steps`` how many optimizer steps the host has
+        asked for since fit start, skipped ones included. If something is wrong, the numbers of the next steps are
+        looked at too. Raises ``FindingsError``.
+        """
+        run = self._run
+        held = run.held
+        if run.off or held is None or self._numerics == "off":
+            return
+        try:
+            with torch.no_grad():
+                run.state = run.state or State(held.model, held.averaged)
+                state = run.state.look(moment)
+                guard = run.guard
+                if guard is not None and guard.counts:
+                    skips = run.scale.look(guard.step, guard.skipped) if run.scale is not None else None
+                else:
+                    skips = run.scale.look(steps) if run.scale is not None else None
+            if state is not None and run.trace.numbers and not run.scaling:
+                # That is what became of the step that was told.
+                state = None
+            run.trace = replace(run.trace, state=run.trace.state or state, skips=skips)
+            findings, not_judged = judge(run.trace, self._rules)
+            run.report = Report(run.trace, tuple(map(self._tried, findings)), not_judged)
+            run.teller.tell_own(run.report)
+            troubled = state is not None or any(one.code == "AMP512" for one in findings)
+            if troubled and self._numerics == "free" and run.rearmed < _MOST_DIAGNOSES:
+                run.rearmed += 1
+                self._guard(passes=_REARMED)
+            self._enforce()
+        except FindingsError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+
+    def _guard(self, passes: int | None = None) -> None:
+        """Look at the numbers of the steps to come, of all or of as many as ``passes``."""
+        run, held = self._run, self._run.held
+        if held is None or (run.guard is not None and run.guard.active):
+            return
+        trained = [one for optimizer in held.optimizers for group in optimizer.param_groups for one in group["params"]]
+        own = held.model.parameters()
+        stop = self._numerics == "stop"
+        run.guard = Guard(trained or own, self._not_finite, self.switch_off, every=stop, passes=passes)
+        run.guard.begin()
+
+    def _not_finite(self, noticed: Noticed) -> bool:
+        """Explain a step whose loss or gradients are not finite, from the frame that runs it. Returns whether only the
+        loss scale was too large."""
+        run = self._run
+        stop: FloatingPointError | None = None
+        try:
+            numbers = run.numbers()
+            if run.off or numbers is None or run.diagnosed >= _MOST_DIAGNOSES:
+                return False
+            run.diagnosed += 1
+            found = numbers.explained(functools.partial(self._steps_of, noticed.frame), random=noticed.random)
+            found = self._as_noticed(found, noticed)
+            if found.benign or (found.origin is None and found.root == "gradient" and run.scaling):
+                # The scaler skips the step, as it should; without an origin there is nothing to tell of it.
+                return True
+            if noticed.late or run.guard is None or not numbers.scaling:
+                # The weights are lost with the next step of the optimizer, and with them what later steps could show.
+                run.unguard()
+            if any(_same_origin(found, one) for one in run.trace.numbers or ()):
+                return False
+            run.trace = replace(run.trace, numbers=(*(run.trace.numbers or ()), found))
+            findings, not_judged = judge(run.trace, self._rules)
+            run.report = Report(run.trace, tuple(map(self._tried, findings)), not_judged)
+            if self._numerics == "stop":
+                stop = FloatingPointError(f"the {found.root} of step {noticed.step} is not finite")
+                setattr(stop, _DIAGNOSED, True)
+                run.teller.note(stop, run.report.findings, run.trace)
+                run.teller.write(run.report)
+            else:
+                run.teller.tell_own(run.report)
+            self._enforce()
+        except FindingsError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+        if stop is not None:
+            raise stop
+        return False
+
+    def _steps_of(self, frame: FrameType) -> Iterable[Rerun]:
+        """What computes the loss of a running step again, smallest first."""
+        find = self._run.find_batch
+        if find is not None:
+            batch = find(one for one, _ in walk_stack(frame))
+            return () if batch is None else (batch,)
+        if self._run.trace.host is not None:
+            return ()
+        return itertools.islice(of_frame(frame, failed=True), _MOST_RERUNS)
+
+    def _as_noticed(self, found: NonFinite | None, noticed: Noticed) -> NonFinite:
+        """What a replay found, with what was seen of the step itself."""
+        if found is None:
+            found = NonFinite(noticed.root, said="the failing batch could not be replayed")
+        elif found.origin is None:
+            found = replace(found, root=noticed.root)
+        held, precision = self._run.held, self._run.trace.precision
+        scaler = held.scaler if held is not None else None
+        scaling = scaler is not None and scaler.is_enabled()
+        late = "the optimizer had stepped before it was noticed, so the replay ran with other weights"
+        return replace(
+            found,
+            step=noticed.step,
+            loss=noticed.loss if noticed.loss is not None else found.loss,
+            scale=scaler.get_scale() if scaler is not None and scaling else None,
+            precision=precision.dtype,
+            approximate=late if noticed.late else None,
+        )
+
+    def _rejected(self, error: Exception, batch: Rerun | None) -> tuple[NonFinite, ...] | None:
+        """Where the value that was refused for not being finite comes from."""
+        earlier, numbers = self._run.trace.numbers, self._run.numbers()
+        if self._numerics == "off" or numbers is None or earlier:
+            return earlier
+        steps = functools.partial(self._failed_steps, error, batch)
+        guard = self._run.guard
+        found = numbers.explained(steps, random=guard.random if guard is not None else None, error=error)
+        if found is None or found.origin is None:
+            return earlier
+        step = guard.step if guard is not None else None
+        return (replace(found, step=step, precision=self._run.trace.precision.dtype),)
 
     def _failing_again(self, error: Exception, failure: Failure, batch: Rerun | None) -> FailedAgain | None:
         """What a replay shows of the failing batch or, in a plain loop, of the loop's own statements."""
@@ -482,6 +640,12 @@ class AmpChecker:
             reached = reaching(report.findings, self._fail_on)
             if reached:
                 raise FindingsError(report, reached)
+
+
+def _same_origin(one: NonFinite, other: NonFinite) -> bool:
+    if one.origin is None or other.origin is None:
+        return one.origin is other.origin
+    return (one.origin.op, one.origin.kind, one.origin.site) == (other.origin.op, other.origin.kind, other.origin.site)
 
 
 def _explains(graph: GraphTrace, failure: Failure) -> bool:

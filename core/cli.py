@@ -45,6 +45,13 @@ def run(
     ] = "never",
     select: Annotated[str, typer.Option(metavar="CODES", help="Judge only these rules: AMP101,AMP2,...")] = "",
     ignore: Annotated[str, typer.Option(metavar="CODES", help="Do not judge these rules.")] = "",
+    numerics: Annotated[
+        str,
+        typer.Option(
+            metavar="off|free|guard|stop",
+            help="Look for losses and gradients that are not finite: at every step (guard), and stop there (stop).",
+        ),
+    ] = "guard",
 ) -> int:
     """Run a training script, unmodified, under the checker."""
     from ampcheck.loops.script import run as run_under_checker
@@ -66,6 +73,7 @@ def run(
             fail_on=fail_on,
             watch_steps=watch_steps,
             report=json or False,
+            numerics=numerics,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ampcheck.observe.again import Again
+from ampcheck.observe.finite import Scale, State
+from ampcheck.observe.guard import Guard
+from ampcheck.observe.numbers import Numbers
 from ampcheck.observe.step import WatchedStep
 from ampcheck.report import Report
 from ampcheck.report.teller import Teller
@@ -22,6 +27,11 @@ class Held(NamedTuple):
     model: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
     scaler: torch.amp.GradScaler | None
+    averaged: nn.Module | None = None
+
+
+Rerun = Callable[[], object]
+FindBatch = Callable[[Iterable[FrameType]], "Rerun | None"]
 
 
 @dataclass
@@ -29,7 +39,9 @@ class Run:
     """The state of one run.
 
     The run is attached while it holds the user's objects. ``open`` are the steps being watched, ``died`` is what the
-    last one showed that an exception left.
+    last one showed that an exception left. ``find_batch`` finds the batch of a host's step in the frames that run it.
+    ``diagnosed`` counts the steps that were replayed because of their numbers, ``rearmed`` how often a look led to
+    that. ``state`` and ``scale`` remember what was looked at before.
     """
 
     teller: Teller
@@ -41,6 +53,12 @@ class Run:
     open: list[WatchedStep] = field(default_factory=list)
     died: Seen | None = None
     off: bool = False
+    guard: Guard | None = None
+    find_batch: FindBatch | None = None
+    diagnosed: int = 0
+    rearmed: int = 0
+    state: State | None = None
+    scale: Scale | None = None
 
     def expect(self, watch_steps: int, device_type: str) -> None:
         """Set what this run watches, and the reasons to give for what it has not yet watched."""
@@ -74,8 +92,27 @@ class Run:
             return None
         return Again(self.held.model, self.trace.model.device_type, self.held.optimizers, self.held.scaler)
 
+    @property
+    def scaling(self) -> bool:
+        """Whether a gradient scaler skips the steps that are not finite."""
+        scaler = self.held.scaler if self.held is not None else None
+        return scaler is not None and scaler.is_enabled()
+
+    def numbers(self) -> Numbers | None:
+        """What replays steps of this run for their numbers, as long as the run has a model."""
+        if self.held is None or self.trace.model is None:
+            return None
+        return Numbers(self.held.model, self.trace.model.device_type, self.held.optimizers, self.held.scaler)
+
+    def unguard(self) -> None:
+        """Stop looking at the numbers."""
+        guard, self.guard = self.guard, None
+        if guard is not None:
+            guard.end()
+
     def abandon(self) -> None:
         """Stop watching; the steps being watched show nothing."""
+        self.unguard()
         self.training_left, self.evaluation_left = 0, False
         while self.open:
             self.open.pop().abandon()

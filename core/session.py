@@ -12,8 +12,9 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 from torch import nn
 
-from ampcheck.checker import AmpChecker, FindBatch, FindingsError
+from ampcheck.checker import AmpChecker, FindingsError
 from ampcheck.report.teller import Emit
+from ampcheck.run import FindBatch
 
 P = ParamSpec("P")
 R = TypeVar("R")

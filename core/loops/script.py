@@ -23,6 +23,7 @@ def run(
     fail_on: str = "never",
     watch_steps: int = 1,
     report: bool | str | os.PathLike[str] = False,
+    numerics: str = "guard",
 ) -> int:
     """Run the script (or, with ``module``, the module) ``target`` with ``args`` as ``__main__``, under the checker.
 
@@ -30,7 +31,9 @@ def run(
     if a finding reached ``fail_on``. ``SystemExit`` of the script passes through. AmpCheck's own lines go to standard
     error. Raises ``ValueError`` for invalid options, before anything runs.
     """
-    checker = AmpChecker(select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report)
+    checker = AmpChecker(
+        select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report, numerics=numerics
+    )
     try:
         with watch(None, checker=checker):
             (run_module if module else run_script)(target, args)

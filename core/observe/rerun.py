@@ -67,12 +67,13 @@ def of_traceback(traceback: TracebackType | None) -> Iterator[Rerun]:
         standing.append(Standing(traceback.tb_frame, traceback.tb_lineno, traceback.tb_lasti))
         traceback = traceback.tb_next
     outer = standing[0].frame.f_back if standing else None
-    yield from _reruns([*_running(outer), *standing], left=len(standing))
+    yield from _reruns([*_running(outer), *standing], left=len(standing), failed=True)
 
 
-def of_frame(frame: FrameType) -> Iterator[Rerun]:
-    """Yield reruns of what led to where a running frame stands, with all that called it."""
-    yield from _reruns(_running(frame), left=0)
+def of_frame(frame: FrameType, *, failed: bool = False) -> Iterator[Rerun]:
+    """Yield reruns of what led to where a running frame stands, with all that called it. ``failed``: the step is known
+    to be faulty, and not only suspected."""
+    yield from _reruns(_running(frame), left=0, failed=failed)
 
 
 def _running(frame: FrameType | None) -> list[Standing]:
@@ -83,7 +84,7 @@ def _running(frame: FrameType | None) -> list[Standing]:
     return standing[::-1]
 
 
-def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
+def _reruns(standing: list[Standing], left: int, *, failed: bool) -> Iterator[Rerun]:
     """Yield reruns, smallest first. An exception left the last ``left`` frames, and with them their ``with`` blocks."""
     ours = (one for one in standing if not is_ours(one.frame.f_code.co_filename))
     outside = list(itertools.takewhile(lambda one: not _is_inside(one), ours))
@@ -109,7 +110,7 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
         if path is None:
             continue
         around = [context for outer in users[:index] if id(outer.frame) not in alive for context in _around(outer)]
-        taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=not left)
+        taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=not failed)
         starts = [at for at, node in enumerate(path) if taken.begins(node)][-_MOST_LOOPS:]
         for start in reversed(starts):
             program = _program(one, path, start, taken, entered=id(one.frame) in alive)

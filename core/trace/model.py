@@ -56,7 +56,8 @@ class OptimizerInfo:
 
     ``unscales``: it divides by the loss scale itself, as fused optimizers do, and takes float16 gradients. ``alike``:
     its parameters have the shapes of the model's trainable ones, like those of a copy. ``names`` are
-    those of its parameters that are the model's, ``others`` the shapes of the rest.
+    those of its parameters that are the model's, ``others`` the shapes of the rest. ``eps_lost`` holds each ``eps``
+    that is 0 in the dtype of the group's parameters, with that dtype.
     """
 
     type: str
@@ -67,6 +68,7 @@ class OptimizerInfo:
     alike: bool = True
     names: frozenset[str] = frozenset()
     others: tuple[tuple[int, ...], ...] = ()
+    eps_lost: tuple[tuple[float, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
 from ampcheck.trace.model import ModelInfo
+from ampcheck.trace.numbers import Updates
 from ampcheck.trace.site import Site
 
 Phase = Literal["training", "evaluation"]
@@ -131,6 +132,7 @@ class StepTrace:
     cache_cleared: bool = field(default=False, metadata=_EITHER)
     complete: bool = field(default=True, metadata=_BOTH)
     scaling: tuple[ScalerCall, ...] = field(default=(), metadata=_ADDED)
+    updates: tuple[Updates, ...] = field(default=(), metadata=_ADDED)
     died_of: str | None = field(default=None, metadata=_LATER)
 
     @functools.cached_property

@@ -11,6 +11,7 @@ from ampcheck.trace.comparison import Comparison
 from ampcheck.trace.failure import Failure
 from ampcheck.trace.graph import GraphTrace
 from ampcheck.trace.model import Environment, Host, ModelInfo, OptimizerInfo, ScalerInfo
+from ampcheck.trace.numbers import NonFinite, Skips, StateNotFinite
 from ampcheck.trace.step import Phase, StepTrace
 
 
@@ -26,7 +27,8 @@ class Seen(NamedTuple):
 class Trace:
     """All that is known about a run. A fact that was not observed is ``None``, and ``unobserved`` says why, by field.
 
-    ``internal_error`` is the exception that made AmpCheck switch itself off, in one line.
+    ``numbers`` are the steps that were not finite. ``internal_error`` is the exception that made AmpCheck switch itself
+    off, in one line.
     """
 
     precision: Precision = field(default_factory=Precision)
@@ -41,6 +43,9 @@ class Trace:
     failure: Failure | None = None
     graph: GraphTrace | None = None
     comparison: Comparison | None = None
+    numbers: tuple[NonFinite, ...] | None = None
+    state: StateNotFinite | None = None
+    skips: Skips | None = None
     unobserved: Mapping[str, str] = field(default_factory=dict)
     internal_error: str | None = None
 
