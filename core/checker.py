@@ -341,6 +341,9 @@ class AmpChecker:
         held = run.held
         if run.off or held is None or self._numerics == "off":
             return
+        if run.report is not None and run.report.trace.failure is not None:
+            # That is what the report is about from now on.
+            return
         try:
             with torch.no_grad():
                 run.state = run.state or State(held.model, held.averaged)

@@ -67,7 +67,9 @@ class Scale:
 
 
 def _scale_of(scaler: torch.amp.GradScaler) -> float | None:
-    return float(scaler.get_scale()) if scaler.is_enabled() else None
+    # What it was made with need not be a number.
+    scale: Any = scaler.get_scale() if scaler.is_enabled() else None
+    return float(scale) if isinstance(scale, (int, float)) else None
 
 
 def _steps_of(optimizer: torch.optim.Optimizer) -> int | None:

@@ -37,12 +37,12 @@ def loss_not_finite(trace: Trace) -> Iterator[Evidence]:
 
     Example
         ```python
-        loss = (output * 100).exp().mean()
+        loss = (output.abs() + 100).exp().mean()
         ```
 
     Use instead
         ```python
-        loss = output.clamp(max=10).exp().mean()
+        loss = (output.abs() + 100).clamp(max=10).exp().mean()
         ```
 
     References

@@ -58,6 +58,7 @@ from ampcheck.trace import (
     SourceRegion,
     Trace,
     UnsafeLoss,
+    ValueRejected,
     ViewedBaseModified,
 )
 
@@ -88,6 +89,7 @@ CODES: dict[type, str | None] = {
     GraphFreed: "AMP408",
     NoGraph: "AMP408",
     InternalOverlap: None,
+    ValueRejected: None,
 }
 """The rule that tells of each kind of failure. Some are told by what the model and the step show."""
 
