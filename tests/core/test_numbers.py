@@ -172,13 +172,13 @@ def an_exponential_beyond_float32() -> None:
         optimizer.step()
 
 
-@failing("AMP502", "aten::addmm", "overflow")
+@failing("AMP502", "aten::addmm", "overflow", phase="backward")
 def in_a_checkpointed_block() -> None:
     model = net()
     optimizer = sgd(model)
     for step, x in rows():
         with half():
-            z = checkpoint(model, x * (15e3 if step >= FROM else 1), use_reentrant=False)  # <- origin
+            z = checkpoint(model, x * (25e3 if step >= FROM else 1), use_reentrant=False)  # <- origin
             loss = z.float().square().mean()
         optimizer.zero_grad()
         loss.backward()
