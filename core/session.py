@@ -110,6 +110,11 @@ class Session:
             self.state = "attached"
             self.checker.attach(model, **seen)
 
+    def look(self, moment: str, *, steps: int | None = None) -> None:
+        """``AmpChecker.look``, while a model is attached."""
+        if self.state == "attached":
+            self.checker.look(moment, steps=steps)
+
     def put(self, thing: Returnable) -> None:
         """Call ``thing.give_back()`` at the end of the run, or after an error of the adapter."""
         self._put.append(thing)

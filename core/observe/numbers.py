@@ -85,7 +85,7 @@ class Numbers:
         for name, dtype in _OTHERS:
             step_again = next(islice(steps(), index, None), None)
             outcomes[name] = (
-                Outcome(None, why="no replay") if step_again is None else self._outcome(step_again, dtype, seed)
+                Outcome(None, why="no replay") if step_again is None else self._outcome(step_again, dtype, seed, error)
             )
         return NonFinite(
             seen.root,
@@ -121,7 +121,7 @@ class Numbers:
             run.numbers.clear()
         return outcome.seen, outcome.said, outcome.seed
 
-    def _outcome(self, step: Step, dtype: torch.dtype, seed: Any) -> Outcome:
+    def _outcome(self, step: Step, dtype: torch.dtype, seed: Any, error: BaseException | None) -> Outcome:
         probes: list[_Finite] = []
 
         def probe() -> _Finite:
@@ -141,6 +141,10 @@ class Numbers:
         if not probes or not outcome.ran:
             return Outcome(None, why=outcome.said)
         seen = probes[-1]
+        if error is not None:
+            # What refused the value says whether it is finite now.
+            refused = {type(None): True, type(error): False}
+            return Outcome(refused.get(type(outcome.seen)), why=outcome.said)
         if outcome.seen is not None and (not seen.losses or seen.finite):
             return Outcome(None, why=f"{type(outcome.seen).__name__}: {str(outcome.seen).partition(chr(10))[0]}")
         if seen.error is not None or not seen.losses:
@@ -174,8 +178,8 @@ class _Probes:
 
     def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Take the size of the batch from what the first module of the model is called with."""
-        if self.numbers.batch is None and id(module) in self._own:
-            self.numbers.batch = next((one.shape[0] for one in tensors_in(list(args)) if one.dim()), None)
+        if not self.numbers.batch and id(module) in self._own:
+            self.numbers.batch = tuple(one.shape[0] for one in tensors_in(list(args)) if one.dim())
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None

@@ -25,7 +25,8 @@ from ampcheck.source.lines import is_library, is_ours, is_torch, names_of
 # The files of PyTorch that call the user's training code; the user's code calls all others.
 _AROUND = ("/torch/utils/_contextlib.py", "/torch/amp/autocast_mode.py", "/torch/distributed/", "/torch/_dynamo/")
 _BACKWARD = frozenset({"backward", "manual_backward", "scale", "step", "__call__"})
-_CONTEXTS = ("decorate_autocast", "decorate_context")
+# The variables of PyTorch's decorators that hold the context.
+_CONTEXTS = frozenset({"ctx_factory", "autocast_instance"})
 
 
 # The innermost loop and the one around it, which may have made what failed.
@@ -134,7 +135,7 @@ def _is_foreign(one: Standing) -> bool:
 
 def _decorating(frame: FrameType) -> Any:
     """The context that a PyTorch decorator (``@torch.autocast(...)``, ``@torch.no_grad()``) entered in this frame."""
-    if frame.f_code.co_name not in _CONTEXTS or not is_torch(frame.f_code.co_filename):
+    if not is_torch(frame.f_code.co_filename) or not _CONTEXTS.intersection(frame.f_locals):
         return None
     make = frame.f_locals.get("ctx_factory")
     return frame.f_locals.get("autocast_instance") or (make() if callable(make) else None)

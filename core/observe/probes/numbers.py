@@ -98,7 +98,7 @@ class NumberProbe(TorchDispatchMode):
         self.error: Exception | None = None
         self.losses: list[float] = []
         self.bad_gradients: list[str] = []
-        self.batch: int | None = None
+        self.batch: tuple[int, ...] = ()
         self._current_module = current_module
         self._call_sites = CallSites()
         self._listening = Listening()
@@ -442,9 +442,11 @@ class NumberProbe(TorchDispatchMode):
 
     def _samples(self, rows: torch.Tensor) -> tuple[int, ...]:
         """The samples of the batch that rows belong to, which may be several a sample."""
-        each = len(rows) // self.batch if self.batch else 0
-        if not self.batch or each == 0 or len(rows) % self.batch:
+        size = next((one for one in self.batch if one == len(rows)), None)
+        size = size or next((one for one in self.batch if one and len(rows) and len(rows) % one == 0), None)
+        if size is None:
             return ()
+        each = len(rows) // size
         return tuple(dict.fromkeys(row // each for row in rows.nonzero().flatten().tolist()))[:_MOST_SAMPLES]
 
     def _fill(self, record: _Record) -> _Record:
