@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -47,6 +48,7 @@ PLAIN = (
     "misconfigured",
     "exports",
     "reported",
+    "later",
 )
 IN_HOSTS = tuple(sorted(path.stem for path in Path(__file__).parents[1].glob("tests/cases/hosts_*.py")))
 """Files of cases. Those of a host run in a process of their own."""
@@ -90,6 +92,17 @@ class Watched:
         with self._trains(model):
             try:
                 yield
+            except Exception as error:  # noqa: BLE001
+                self.error = error
+        self._take()
+
+    @contextlib.contextmanager
+    def script(self) -> Iterator[None]:
+        watch = ampcheck.watch(None, checker=self.checker, emit=lambda text: None)
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                with watch:
+                    yield
             except Exception as error:  # noqa: BLE001
                 self.error = error
         self._take()
@@ -143,6 +156,9 @@ class Unwatched:
 
     def host(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return self(model)
+
+    def script(self) -> contextlib.AbstractContextManager[None]:
+        return self()
 
     @contextlib.contextmanager
     def export(self) -> Iterator[Callable[..., None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import sys
 import warnings
@@ -52,6 +53,7 @@ from ampcheck.rules.rule import Edit, Finding, Severity
 from ampcheck.run import FindBatch, Held, Rerun, Run
 from ampcheck.trace import (
     Failure,
+    GraphFreed,
     GraphTrace,
     Host,
     NoGraph,
@@ -65,7 +67,7 @@ from ampcheck.trace import (
 _DIAGNOSED = "_ampcheck_diagnosed"
 _NOTHING = contextlib.nullcontext()
 # Each rerun covers more of the program around the failing line, and costs about as much as the step.
-_MOST_RERUNS = 3
+_MOST_RERUNS = 4
 # A run whose numbers fail in more ways than these has told enough.
 _MOST_DIAGNOSES = 6
 # How many backward passes are looked at after something was wrong.
@@ -206,7 +208,7 @@ class AmpChecker:
             if self._numerics in ("guard", "stop"):
                 self._guard()
             self._judge("fit start", lambda findings: fit_line(run.trace, findings), quiet=again)
-            self._enforce()
+            self.enforce()
         except FindingsError:
             raise
         except Exception as error:  # noqa: BLE001 - promise: it never makes training fail
@@ -239,6 +241,16 @@ class AmpChecker:
             held = run.held = run.held._replace(optimizers=(*run.held.optimizers, *optimizers))
             examined = tuple(examine_optimizer(optimizer, held.model) for optimizer in held.optimizers)
             run.trace = replace(run.trace, optimizers=examined)
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+
+    def averaged_by(self, copy: nn.Module) -> None:
+        """Take into account a copy of the model that turned out to be an average of its weights."""
+        run = self._run
+        if run.off or run.trace.model is None:
+            return
+        try:
+            run.trace = replace(run.trace, averaged=walk(copy))
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
@@ -286,10 +298,15 @@ class AmpChecker:
             run = self._run
             if run.off or not isinstance(error, Exception) or isinstance(error, FindingsError):
                 return
-            if getattr(error, _DIAGNOSED, False):
+            number = getattr(error, _DIAGNOSED, 0)
+            if number:
+                # What seemed caught has come through.
+                if number <= len(run.failures):
+                    run.report = run.failures[number - 1]
+                    run.teller.write(run.report)
                 return
             with contextlib.suppress(AttributeError):
-                setattr(error, _DIAGNOSED, True)
+                setattr(error, _DIAGNOSED, len(run.failures) + 1)
             if sys.version_info < (3, 11):
                 hide_frames(error)
             with torch._C.DisableTorchFunction():
@@ -324,6 +341,7 @@ class AmpChecker:
                 crashes = {rule.code for rule in self._rules if {"failure", "numbers"}.intersection(rule.needs)}
                 findings = (one for one in report.findings if one.severity is Severity.ERROR or one.code in crashes)
                 run.teller.note(error, findings, trace, aloud=swallowed)
+            run.failures.append(report)
             run.teller.write(report)
             if fault is not None:
                 self.switch_off(fault)
@@ -364,7 +382,7 @@ class AmpChecker:
             if troubled and self._numerics == "free" and run.rearmed < _MOST_DIAGNOSES:
                 run.rearmed += 1
                 self._guard(passes=_REARMED)
-            self._enforce()
+            self.enforce()
         except FindingsError:
             raise
         except Exception as error:  # noqa: BLE001
@@ -411,7 +429,7 @@ class AmpChecker:
                 run.teller.write(run.report)
             else:
                 run.teller.tell_own(run.report)
-            self._enforce()
+            self.enforce()
         except FindingsError:
             raise
         except Exception as error:  # noqa: BLE001
@@ -512,8 +530,12 @@ class AmpChecker:
         of_the_run = trace if watched is None else replace(trace, training=watched)
         findings, not_judged = judge(of_the_run, self._rules, failed=trace)
         tried = tuple(self._tried(finding, runs_with) for finding in findings)
-        self._run.report = Report(trace, tried, not_judged)
+        self._run.report = Report(trace, self._with_survived(tried), not_judged)
         return self._run.report
+
+    def _with_survived(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+        survived = (finding for finding in self._run.survived if finding not in findings)
+        return tuple(sorted((*findings, *survived), key=lambda finding: (-finding.severity, finding.code)))
 
     def _tried(self, finding: Finding, runs_with: Callable[[Edit], bool | None] | None = None) -> Finding:
         """``finding`` with its edit tried; with the rule's own fix where the step does not run with the edit."""
@@ -541,21 +563,58 @@ class AmpChecker:
     def start_over(self) -> None:
         """Forget the attached model and what was seen of it: it is not the model that trains."""
         try:
-            self._run.abandon()
+            before = self._run
+            before.abandon()
             self._run = self._new_run()
+            self._run.failures, self._run.survived = before.failures, before.survived
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
+
+    def diagnose_caught(self, error: Exception) -> Report | None:
+        """Diagnose an exception that the program may catch, in the middle of what raised it.
+
+        Returns the report on it, or ``None`` if nothing is known of it. If the program goes on, ``survive`` takes the
+        report in; if the exception comes through after all, ``diagnose`` does.
+        """
+        run = self._run
+        before, count = run.report, len(run.failures)
+        self.diagnose(error)
+        if run.off or len(run.failures) == count:
+            return None
+        run.report = before
+        report = run.failures[-1]
+        return report if report.trace.failure is not None and report.trace.failure.facts is not None else None
+
+    def survive(self, report: Report, note: str) -> None:
+        """Take in what was found on an exception after which the program went on. ``note`` is said, if not empty."""
+        run = self._run
+        try:
+            if run.off:
+                return
+            crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
+            new = [one for one in report.findings if one.code in crashes and one not in run.survived]
+            run.survived += tuple(new)
+            if note:
+                run.teller.say(Text(note), logging.ERROR)
+            of_the_run = run.report or Report(run.trace, not_judged=report.not_judged)
+            run.report = replace(of_the_run, findings=self._with_survived(of_the_run.findings))
+            run.teller.write(run.report)
+        except Exception as fault:  # noqa: BLE001
+            self.switch_off(fault)
 
     def nothing_seen(
         self, reason: str, *, emit: Emit | None = None, directory: str | os.PathLike[str] | None = None
     ) -> None:
         """Report, at the end of a run in which no model was attached, that nothing could be judged, and why."""
         try:
+            failures, survived = self._run.failures, self._run.survived
             self._run = run = self._new_run()
+            run.failures, run.survived = failures, survived
             run.teller.emit, run.teller.directory = emit, Path(directory) if directory is not None else None
             unobserved = dict.fromkeys(("model", "training", "evaluation"), reason)
             run.trace = Trace(environment=environment(), unobserved=unobserved)
-            run.report = Report(run.trace, *judge(run.trace, self._rules))
+            findings, not_judged = judge(run.trace, self._rules)
+            run.report = Report(run.trace, self._with_survived(findings), not_judged)
             if rank() == 0:
                 run.teller.say(Text(f"{NAME}  nothing was judged: {reason}"))
             run.teller.write(run.report)
@@ -625,7 +684,7 @@ class AmpChecker:
                 if seen.phase == "evaluation" or run.training_left == 0:
                     self._judge(seen.phase, functools.partial(step_line, seen.phase, together))
             if error is None:
-                self._enforce()
+                self.enforce()
         except FindingsError:
             raise
         except Exception as fault:  # noqa: BLE001
@@ -634,10 +693,11 @@ class AmpChecker:
     def _judge(self, stage: str, line: Line, *, quiet: bool = False) -> None:
         run = self._run
         findings, not_judged = judge(run.trace, self._rules)
-        report = Report(run.trace, tuple(map(self._tried, findings)), not_judged)
+        report = Report(run.trace, self._with_survived(tuple(map(self._tried, findings))), not_judged)
         run.report = run.teller.tell(stage, report, line, quiet=quiet)
 
-    def _enforce(self) -> None:
+    def enforce(self) -> None:
+        """Raise ``FindingsError`` if a finding reached ``fail_on``."""
         report = self._run.report
         if report is not None and not self._run.off:
             reached = reaching(report.findings, self._fail_on)
@@ -655,4 +715,6 @@ def _explains(graph: GraphTrace, failure: Failure) -> bool:
     """Whether what was seen contains the cause of the failure."""
     if isinstance(failure.facts, SavedTensorModified):
         return any(stale.save is not None and stale.writes for stale in graph.stale[:1])
+    if isinstance(failure.facts, GraphFreed):
+        return len(graph.backwards) > 1
     return bool(graph.cut) if isinstance(failure.facts, NoGraph) else True

@@ -17,6 +17,7 @@ from ampcheck.observe.numbers import Numbers
 from ampcheck.observe.step import WatchedStep
 from ampcheck.report import Report
 from ampcheck.report.teller import Teller
+from ampcheck.rules.rule import Finding
 from ampcheck.trace import GraphTrace, Phase, Seen, StepTrace, Trace
 
 
@@ -39,7 +40,8 @@ class Run:
     """The state of one run.
 
     The run is attached while it holds the user's objects. ``open`` are the steps being watched, ``died`` is what the
-    last one showed that an exception left. ``find_batch`` finds the batch of a host's step in the frames that run it.
+    last one showed that an exception left, ``failures`` the reports on exceptions, and ``survived`` what was found on
+    those that the program went on after. ``find_batch`` finds the batch of a host's step in the frames that run it.
     ``diagnosed`` counts the steps that were replayed because of their numbers, ``rearmed`` how often a look led to
     that. ``state`` and ``scale`` remember what was looked at before.
     """
@@ -52,6 +54,8 @@ class Run:
     evaluation_left: bool = False
     open: list[WatchedStep] = field(default_factory=list)
     died: Seen | None = None
+    failures: list[Report] = field(default_factory=list)
+    survived: tuple[Finding, ...] = ()
     off: bool = False
     guard: Guard | None = None
     find_batch: FindBatch | None = None

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ampcheck import AmpChecker, Host, Session, contained
-from ampcheck.integrations.fixes.lightning import FIXES
+from ampcheck.integrations.fixes.lightning import FIXES, MANUAL_OPTIMIZATION
 from ampcheck.integrations.readers import lightning as reader
 
 __all__ = ["FIXES", "AmpCheck"]
@@ -160,7 +160,8 @@ class AmpCheck(Callback):
         # A test that follows a fit must not write over the fit's report.
         self._fitted = self._fitted or trainer.state.fn == "fit"
         directory = _directory(trainer) if trainer.state.fn == "fit" or not self._fitted else None
-        host = Host("lightning", package.__version__, FIXES)
+        manual = {} if trainer.lightning_module.automatic_optimization else MANUAL_OPTIMIZATION
+        host = Host("lightning", package.__version__, {**FIXES, **manual})
         held = reader.held(trainer, package)
         self.session.attach(trainer.lightning_module, host=host, log=self._logger.log, directory=directory, **held)
 

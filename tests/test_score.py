@@ -17,7 +17,7 @@ from cases.dtype_crashes import distance_in_half
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 # The others have tests that ask for more.
-FILES = ("misconfigured", "exports")
+FILES = ("misconfigured", "exports", "later")
 CASES = [case for name in FILES for case in import_module(f"cases.{name}").CASES]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 
@@ -47,10 +48,10 @@ KERNELS: tuple[Kernel, ...] = (
 def plain_kernels(exchange: Mapping[str, Callable[..., Any]] | None = None) -> Iterator[tuple[str, ...]]:
     """Take the plain PyTorch path of known custom kernels, and of those in ``exchange``, inside the ``with`` block.
 
-    ``exchange`` maps a function, written ``package.module:name`` as the code that calls it finds it, to one that takes
-    the same arguments and computes the same in tensor operations. Known kernels are those of ``KERNELS`` whose library
-    has been imported. Yields the names of the exchanged functions; all are put back afterwards. Raises ``ValueError``
-    for a name that does not exist.
+    ``exchange`` maps a function, written ``package.module:name``, to one that takes the same arguments and computes the
+    same in tensor operations. It is exchanged in every module that has imported it by name. Known kernels are those of
+    ``KERNELS`` whose library has been imported. Yields the names of the exchanged functions; all are put back
+    afterwards. Raises ``ValueError`` for a name that does not exist.
 
     Names are looked up in modules: a reference that a model keeps itself is not exchanged.
     """
@@ -59,7 +60,7 @@ def plain_kernels(exchange: Mapping[str, Callable[..., Any]] | None = None) -> I
         if kernel.function.partition(":")[0] in sys.modules and kernel.plain.partition(":")[0] in sys.modules:
             exchanged[kernel.function] = _taking(_found(kernel.plain)[2], kernel.takes)
     exchanged.update(exchange or {})
-    places = [(*_found(name)[:2], function) for name, function in exchanged.items()]
+    places = [place for name, function in exchanged.items() for place in _places(name, function)]
     before: list[tuple[Any, str, bool, Any]] = []
     try:
         for owner, attribute, function in places:
@@ -73,6 +74,16 @@ def plain_kernels(exchange: Mapping[str, Callable[..., Any]] | None = None) -> I
                 setattr(owner, attribute, original)
             else:
                 delattr(owner, attribute)
+
+
+def _places(name: str, function: Callable[..., Any]) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Where callers find the function of this name: in its owner, and in the modules that import it from there."""
+    owner, attribute, original = _found(name)
+    places = [(owner, attribute, function)]
+    if isinstance(owner, ModuleType):
+        for module in [one for one in list(sys.modules.values()) if isinstance(one, ModuleType) and one is not owner]:
+            places += [(module, other, function) for other, value in list(vars(module).items()) if value is original]
+    return places
 
 
 def _taking(plain: Callable[..., Any], positions: tuple[int, ...]) -> Callable[..., Any]:

@@ -166,9 +166,9 @@ def _quoted(file: str, line: int, function: str, model: nn.Module | None, around
 
 
 def sites(found: Sequence[Frame]) -> tuple[Site, ...]:
-    """User frames innermost first, then library frames innermost first."""
+    """User frames innermost first, then library frames, PyTorch's last."""
     inward = found[::-1]
-    return tuple(frame.site() for own in (False, True) for frame in inward if frame.library is own)
+    return tuple(frame.site() for rank in range(3) for frame in inward if frame.library + is_torch(frame.file) == rank)
 
 
 def phase_of(found: Sequence[Frame], given: str) -> str:

@@ -180,6 +180,11 @@ class Naming:
         self._root = root
         self._tensors = tensor_names(root) if root is not None else {}
         self._modules = module_names(root) if root is not None else {}
+        # In evaluation a copy of the model may fail.
+        copy = next((frame.module for frame in found if frame.module is not None), None)
+        if copy is not None and copy is not root and type(copy) is type(root):
+            self._tensors = tensor_names(copy) | self._tensors
+            self._modules = module_names(copy) | self._modules
         self._found = found
 
     def owned(self, tensor: torch.Tensor | None) -> str | None:
@@ -206,6 +211,7 @@ class Naming:
 def operand_of(value: Value, naming: Naming, found: Sequence[Frame]) -> FailedOperand:
     """What is known about a tensor, and what made it, if the frames tell."""
     owned, variable = naming.owned(value.tensor), naming.variable(value.tensor)
+    variable = variable or _given(value.tensor, found)
     cast = value.tensor is not None and dtype_name(value.tensor.dtype) != value.dtype
     operand = FailedOperand(
         name=owned or variable or value.expression,
@@ -262,6 +268,24 @@ def _holds(value: Any, tensor: torch.Tensor) -> bool:
     return any(one is tensor for one in values)
 
 
+def _given(tensor: torch.Tensor | None, found: Sequence[Frame]) -> str | None:
+    """The expression in the user's line that became ``tensor``, if a library got it from there as its only argument."""
+    inside: Frame | None = None
+    for frame in reversed(found):
+        if _PASSING.search(frame.file):
+            continue
+        if not frame.library:
+            calls = [node for node in expressions_at(frame) if isinstance(node, ast.Call)]
+            if inside is None or inside.in_torch("nn/modules/container.py") or len(calls) != 1 or calls[0].keywords:
+                return None
+            held = any(value is tensor for value in inside.names.values())
+            (argument,) = calls[0].args if len(calls[0].args) == 1 else (None,)
+            known = argument is None or isinstance(argument, ast.Starred) or read(argument, frame) is not MISSING
+            return ast.unparse(argument) if held and argument is not None and not known else None
+        inside = frame
+    return None
+
+
 def _passed_call(frame: Frame) -> ast.Call | None:
     """``b(x)`` in ``a(b(x))``, if that is the only argument."""
     for node in expressions_at(frame):
@@ -270,6 +294,21 @@ def _passed_call(frame: Frame) -> ast.Call | None:
             if isinstance(inner, ast.Call) and isinstance(read(inner.func, frame), nn.Module):
                 return inner
     return None
+
+
+def unread(operation: Operation) -> list[str]:
+    """The operands that the line computes itself, so that no variable holds them."""
+    node = operation.node
+    if isinstance(node, ast.Call):
+        given = [*node.args, *(keyword.value for keyword in node.keywords)]
+    elif isinstance(node, ast.BinOp):
+        given = [node.left, node.right]
+    else:
+        # A write to an item is known by its target.
+        statement = parents(operation.frame.file).get(node) if isinstance(node, ast.Subscript) else node
+        given = [statement.value] if isinstance(statement, (ast.Assign, ast.AugAssign)) else []
+    computed = (one for one in given if isinstance(one, (ast.Call, ast.BinOp, ast.UnaryOp)))
+    return [ast.unparse(one) for one in computed if next(_infer(one, operation.frame), None) is None]
 
 
 def own_tensors(found: Sequence[Frame], naming: Naming, dtypes: set[str]) -> list[FailedOperand]:

@@ -7,7 +7,7 @@ import re
 
 from ampcheck.failure.dtypes import canonical
 from ampcheck.failure.frames import Scene, inner, still_running
-from ampcheck.failure.operands import Naming, find_operation, from_message, operand_of, own_tensors
+from ampcheck.failure.operands import Naming, find_operation, from_message, operand_of, own_tensors, unread
 from ampcheck.failure.surroundings import (
     autocast_regions,
     crossed_thread,
@@ -19,6 +19,7 @@ from ampcheck.precision import FLOATING
 from ampcheck.trace import (
     CustomFunctionState,
     DtypeMismatch,
+    FailedOperand,
     FailedOperation,
     InPlaceDtype,
     NoNumpyDtype,
@@ -92,6 +93,10 @@ def _operation(scene: Scene, *, written: bool = False) -> FailedOperation:
     missing = (told & FLOATING) - {operand.dtype for operand in operands}
     if operands and missing and evaluated is not None and evaluated.frame.in_torch("nn/modules/rnn.py"):
         operands += own_tensors(within, naming, missing)
+    computed = unread(evaluated) if evaluated is not None and not evaluated.frame.library else []
+    devices = {operand.device for operand in operands}
+    if len(computed) == len(missing) == len(devices) == 1:
+        operands.append(FailedOperand(computed[0], missing.pop(), device=devices.pop()))
     thread = crossed_thread(found)
     regions, opaque = autocast_regions([*still_running(scene.exc), *found] if thread is None else found[thread:])
     known = operator(evaluated, within)

@@ -156,12 +156,15 @@ def missing_gradients(scene: Scene) -> MissingGradients:
     named = _named(optimizer, root)
     held = {id(p) for _, p in named}
     own = {id(p) for p in root.parameters()} if root is not None else set()
+    elsewhere = _of_other_networks(scene)
     groups: dict[WithoutGradient, list[str]] = {"frozen": [], "not-the-models": [], "no-gradient": []}
     for name, parameter in named:
         if parameter.grad is not None:
             continue
         if not parameter.requires_grad:
             groups["frozen"].append(name)
+        elif id(parameter) in elsewhere:
+            groups["no-gradient"].append(elsewhere[id(parameter)])
         elif own and id(parameter) not in own:
             groups["not-the-models"].append(name)
         else:
@@ -173,6 +176,27 @@ def missing_gradients(scene: Scene) -> MissingGradients:
         without_gradient={why: tuple(names) for why, names in groups.items() if names},
         gradients_elsewhere=len(others),
     )
+
+
+def _of_other_networks(scene: Scene) -> dict[int, str]:
+    """Names of the parameters of networks that the user's variables hold beside the model (a critic), by identity. One
+    with the model's shapes may be a copy that trains by mistake, and is left out."""
+    root = scene.root
+    if root is None:
+        return {}
+    names: dict[int, str] = {}
+    own = {id(part) for part in root.modules()}
+    shapes = sorted(tuple(parameter.shape) for parameter in root.parameters())
+    for frame in scene.found:
+        held = dict(frame.names) if not frame.library else {}
+        if not isinstance(held.get("self"), nn.Module):
+            held |= {f"self.{name}": value for name, value in getattr(held.get("self"), "__dict__", {}).items()}
+        for name, value in held.items():
+            if not isinstance(value, nn.Module) or id(value) in own or any(part is root for part in value.modules()):
+                continue
+            if sorted(tuple(parameter.shape) for parameter in value.parameters()) != shapes:
+                names |= {id(parameter): f"{name}.{path}" for path, parameter in value.named_parameters()}
+    return names
 
 
 def scaler_argument(scene: Scene) -> ScalerArgument:

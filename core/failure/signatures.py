@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ampcheck.failure.autocast_call import autocast_call
-from ampcheck.failure.autograd import inference_tensor, no_graph, saved_tensor_modified, view
+from ampcheck.failure.autograd import inference_tensor, internal_overlap, no_graph, saved_tensor_modified, view
 from ampcheck.failure.frames import Scene
 from ampcheck.failure.numbers import rejected_by_check
 from ampcheck.failure.operation import (
@@ -25,7 +25,6 @@ from ampcheck.trace import (
     FirstStepSkipped,
     FusedOptimizerClipping,
     GraphFreed,
-    InternalOverlap,
     LeafModified,
     LeafViewModified,
     MultiViewModified,
@@ -396,7 +395,7 @@ AUTOGRAD = (
         no_graph, _RUNTIME, r"element (?P<element>\d+) of tensors does not require grad and does not have a grad_fn"
     ),
     _signature(
-        _alone(InternalOverlap),
+        internal_overlap,
         _RUNTIME,
         r"(?P<input>some elements of the input tensor and the written-to tensor)"
         r"(?: refers?| refer) to a single memory location"

@@ -167,6 +167,7 @@ def custom_function(found: Sequence[Frame], naming: Naming) -> CustomFunction | 
             cast_inputs=dtype_name(cast) if isinstance(cast, torch.dtype) else None,
             device_types=tuple(sorted({tensor.device.type for tensor in tensors})),
             module=owners.pop() if len(owners) == 1 else None,
+            library=is_library(code.co_filename),
         )
     return None
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, NoReturn
 
 from ampcheck.checker import AmpChecker, FindingsError
+from ampcheck.loops.caught import Caught
+from ampcheck.loops.children import Children
 from ampcheck.loops.launch import run_module, run_script, show_exception
 from ampcheck.loops.watch import watch
+from ampcheck.observe.probes.listening import Listening
 
 FOUND, INTERRUPTED = 3, 130
 
@@ -34,8 +41,16 @@ def run(
     checker = AmpChecker(
         select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report, numerics=numerics
     )
+    watching, children = watch(None, checker=checker), Children(checker.options, checker.switch_off)
+    watching.elsewhere = lambda: children.said
+    leaving = Listening()
     try:
-        with watch(None, checker=checker):
+        with ExitStack() as watched:
+            watched.callback(leaving.end)
+            watched.callback(lambda: children.merge_reports(checker.report))
+            for one in (watching, children, Caught(checker)):
+                watched.enter_context(one)
+            leaving.to_attribute(os, "_exit", _ending, watched.close)
             (run_module if module else run_script)(target, args)
     except FindingsError as error:
         sys.stderr.write(f"ampcheck  stopped by --fail-on: {error}\n")
@@ -47,3 +62,16 @@ def run(
         show_exception(error)
         return 1
     return 0
+
+
+def _ending(leave: Callable[[int], NoReturn], listeners: list[Any]) -> Callable[[int], NoReturn]:
+    """``os._exit`` that first ends what would otherwise not be ended."""
+
+    @functools.wraps(leave)
+    def _exit(status: int) -> NoReturn:
+        for _, end in (*listeners,):
+            with contextlib.suppress(Exception):
+                end()
+        leave(status)
+
+    return _exit

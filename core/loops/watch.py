@@ -133,6 +133,8 @@ class watch:
         self._fault: Exception | None = None
         self._shown: tuple[Precision, torch.amp.GradScaler | None] = Precision(), None
         self._thread = os.getpid(), threading.get_ident()
+        self.elsewhere: Callable[[], str] = str
+        """Says at the end where else the program may have trained, if anywhere."""
 
     @property
     def report(self) -> Report | None:
@@ -235,6 +237,8 @@ class watch:
         reason = "no training call of a module was seen"
         if anything_compiled():
             reason += "; a training step compiled as a whole (`@torch.compile`) shows none"
+        if elsewhere := self.elsewhere():
+            reason += f" in this process; {elsewhere}"
         self._checker.nothing_seen(reason, emit=self._context["emit"], directory=self._context["directory"])
 
     def _contained(self, hook: Callable[..., None]) -> Callable[..., None]:
@@ -245,7 +249,7 @@ class watch:
                 # Dynamo must trace the user's program alone; it also calls modules just for their shapes.
                 if torch.compiler.is_dynamo_compiling() or TracingContext.try_get() is not None:
                     return
-                if (os.getpid(), threading.get_ident()) == self._thread:
+                if self._in_training_thread(hook == self._called):
                     with torch._C.DisableTorchFunction():
                         self._safely(hook, *args)
             except RecursionError:
@@ -253,6 +257,12 @@ class watch:
                 return
 
         return call
+
+    def _in_training_thread(self, training: bool = False) -> bool:
+        """Whether this is the thread that trains: the first one to call a module that does, else the one that waits."""
+        if training and self._state is _State.WAITING and os.getpid() == self._thread[0]:
+            return True
+        return (os.getpid(), threading.get_ident()) == self._thread
 
     def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._fault is not None:
@@ -265,6 +275,7 @@ class watch:
         if self._state is _State.WAITING:
             if not self._begins_training(module):
                 return
+            self._thread = os.getpid(), threading.get_ident()
             self._outermost = module
             self._attach(self._model if self._model is not None else holder_of(module))
         elif not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1 or not self._is_model(module):
@@ -352,7 +363,7 @@ class watch:
             self._checker.scaled_by(scaler, self._precision or precision_with(scaler, precision))
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._fault is not None or (os.getpid(), threading.get_ident()) != self._thread:
+        if self._fault is not None or not self._in_training_thread():
             return
         try:
             held = held_by(optimizer)

@@ -55,6 +55,8 @@ class Again:
         found: FailedAgain | None = None
         for index, step in enumerate(steps):
             seen, outcome = self._once(step, error)
+            if seen.graph is not None:
+                seen = seen._replace(graph=replace(seen.graph, carried=getattr(step, "carried", None)))
             if outcome.went_alike or found is None:
                 losses = outcome.seen[2] if outcome.seen is not None else ()
                 found = FailedAgain(seen, index if outcome.went_alike else None, losses, outcome.seed)

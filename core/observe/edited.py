@@ -14,9 +14,7 @@ from types import CodeType, FunctionType, TracebackType
 from typing import Any, TypeGuard
 
 from ampcheck.source.lines import is_library
-
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-_LOOPS = (ast.For, ast.AsyncFor, ast.While)
+from ampcheck.source.syntax import FUNCTIONS, LOOPS, covers, tree_of
 
 
 class CannotEdit(Exception):
@@ -55,7 +53,7 @@ class Edited:
         functions = _functions_around(file, line)
         if any(_key(one.__code__) not in made for one in functions):
             raise CannotEdit("two functions begin on the line")
-        if not functions and _function_around(ast.parse("".join(lines)), line) is not None:
+        if not functions and _functions_of(file, line):
             raise CannotEdit("the function was not found")
         self._cached = [linecache.cache[file]] if file in linecache.cache else []
         try:
@@ -87,23 +85,23 @@ def keeps_effect(file: str, line: int, after: str) -> bool:
     """Whether what a line writes is still seen if the line reads ``after``, which gives a name another tensor instead:
     whether the name is read again, in the function or in a loop around the line. True where the source does not tell.
     """
+    tree = tree_of(file)
     try:
-        tree = ast.parse("".join(linecache.getlines(file)))
         (first, *_) = ast.parse(after.strip()).body
     except (SyntaxError, ValueError):
         return True
     targets = first.targets if isinstance(first, ast.Assign) else []
     names = {target.id for target in targets if isinstance(target, ast.Name)}
-    if not names:
+    if not names or tree is None:
         return True
-    scope = _function_around(tree, line) or tree
-    loops = [node for node in ast.walk(scope) if isinstance(node, _LOOPS) and _covers(node, line)]
+    scope = next(reversed(_functions_of(file, line)), tree)
+    loops = [node for node in ast.walk(scope) if isinstance(node, LOOPS) and covers(node, line)]
     read = [node for node in ast.walk(scope) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
     for name in names:
         lines = [node.lineno for node in read if node.id == name]
         rebinding = [loop for loop in loops if _is_for(loop) and name in _names_in(loop.target)]
         end = (rebinding[-1].end_lineno or line) if rebinding else sys.maxsize
-        carried = not rebinding and any(one != line and _covers(loop, one) for loop in loops for one in lines)
+        carried = not rebinding and any(one != line and covers(loop, one) for loop in loops for one in lines)
         if carried or any(line < one <= end for one in lines):
             return True
     return False
@@ -117,14 +115,11 @@ def _is_for(node: ast.AST | None) -> TypeGuard[ast.For | ast.AsyncFor]:
     return isinstance(node, (ast.For, ast.AsyncFor))
 
 
-def _covers(node: ast.AST, line: int) -> bool:
-    return getattr(node, "lineno", 0) <= line <= (getattr(node, "end_lineno", 0) or 0)
-
-
-def _function_around(tree: ast.AST, line: int) -> ast.AST | None:
-    """The innermost function that a line is in."""
-    around = [node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS) and _covers(node, line)]
-    return around[-1] if around else None
+def _functions_of(file: str, line: int) -> list[ast.AST]:
+    """The functions that a line is in, the innermost last."""
+    tree = tree_of(file)
+    nodes = ast.walk(tree) if tree is not None else ()
+    return [node for node in nodes if isinstance(node, (*FUNCTIONS, ast.Lambda)) and covers(node, line)]
 
 
 def _others_run_the_program() -> bool:
@@ -147,8 +142,7 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
 def _functions_around(file: str, line: int) -> list[FunctionType]:
     """The functions that a line is in: of a module's own functions and methods or, if it is in none of these, of all
     that are alive, which takes longer."""
-    tree = ast.parse("".join(linecache.getlines(file)))
-    defined = [node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS) and _covers(node, line)]
+    defined = _functions_of(file, line)
     modules = [one for one in tuple(sys.modules.values()) if getattr(one, "__file__", None) == file]
     owners: list[Mapping[str, Any]] = [vars(module) for module in modules]
     owners += [vars(kind) for owner in owners for kind in tuple(owner.values()) if isinstance(kind, type)]

@@ -4,6 +4,9 @@ A plain loop offers no function that computes the loss of a batch, but its sourc
 failing line, or of the function if there is none, this takes the statements that compute with tensors, and runs them
 with the variables as they are. It leaves out what by its name only reports or saves, does not repeat a whole training,
 and runs no statements that use something that cannot be put back (a generator, a file, a queue).
+
+What a step takes over from the one before, such as the state of a recurrent network, brings a graph along that no such
+rerun builds. Therefore the body of the loop is also run twice, from variables without a graph.
 """
 
 from __future__ import annotations
@@ -12,18 +15,26 @@ import ast
 import contextlib
 import io
 import itertools
-import linecache
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from ampcheck.observe.carried import without_graphs
 from ampcheck.observe.state import copied_iterator
-from ampcheck.observe.statements import FUNCTIONS, LOOPS, Statements, pytorchs_context
-from ampcheck.source.lines import is_library, is_ours, is_torch, names_of
+from ampcheck.observe.statements import Statements, pytorchs_context
+from ampcheck.source.lines import is_library, is_ours, is_torch, names_of, qualified_name, site_of
+from ampcheck.source.syntax import FUNCTIONS, LOOPS, blocks, covers, tree_of
+from ampcheck.trace import Carried
 
 # The files of PyTorch that call the user's training code; the user's code calls all others.
-_AROUND = ("/torch/utils/_contextlib.py", "/torch/amp/autocast_mode.py", "/torch/distributed/", "/torch/_dynamo/")
+_AROUND = (
+    "/torch/utils/_contextlib.py",
+    "/torch/amp/autocast_mode.py",
+    "/torch/distributed/",
+    "/torch/multiprocessing/",
+    "/torch/_dynamo/",
+)
 _BACKWARD = frozenset({"backward", "manual_backward", "scale", "step", "__call__"})
 # The variables of PyTorch's decorators that hold the context.
 _CONTEXTS = frozenset({"ctx_factory", "autocast_instance"})
@@ -42,17 +53,27 @@ class Standing(NamedTuple):
 
 
 class Rerun:
-    """A part of a program that can be called. ``roots`` are the objects it starts from, to be put back."""
+    """A part of a program that can be called. ``roots`` are the objects it starts from, to be put back. ``carried``,
+    if not ``None``: its step takes over a graph from the one before, which it therefore runs, too."""
 
-    def __init__(self, code: CodeType, names: dict[str, Any], contexts: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        code: CodeType,
+        names: dict[str, Any],
+        contexts: Sequence[Any],
+        carried: tuple[Carried, ...] | None = None,
+    ) -> None:
         self._code = code
         self._names = names
         self._contexts = contexts
+        self.carried = carried
         self.roots: tuple[Any, ...] = tuple(names.values())
 
     def __call__(self) -> None:
         quiet = io.StringIO()
         names = {name: copied_iterator(value) or value for name, value in self._names.items()}
+        if self.carried is not None:
+            names = without_graphs(names)
         with ExitStack() as stack:
             for context in self._contexts:
                 stack.enter_context(context)
@@ -96,14 +117,10 @@ def _reruns(standing: list[Standing], left: int, *, failed: bool) -> Iterator[Re
     users = outside[: len(outside) - len(inward)]
     first_left = len(standing) - left
     alive = {id(one.frame) for one in standing[:first_left]}
-    contexts: list[Any] = []
+    carried: list[Carried] = []
     for index in range(len(users) - 1, -1, -1):
         one = users[index]
         if _is_foreign(one):
-            context = _decorating(one.frame) if id(one.frame) not in alive else None
-            if context is not None:
-                contexts.insert(0, context)
-                continue
             if is_torch(one.frame.f_code.co_filename) or one.frame.f_code.co_name == "__call__":
                 continue
             return
@@ -113,11 +130,16 @@ def _reruns(standing: list[Standing], left: int, *, failed: bool) -> Iterator[Re
         around = [context for outer in users[:index] if id(outer.frame) not in alive for context in _around(outer)]
         taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=not failed)
         starts = [at for at, node in enumerate(path) if taken.begins(node)][-_MOST_LOOPS:]
+        carried += _carried(one, path, starts[-1]) if left and starts else ()
         for start in reversed(starts):
-            program = _program(one, path, start, taken, entered=id(one.frame) in alive)
-            if program is not None:
-                yield Rerun(program.code, program.names, [*around, *program.contexts, *contexts])
-            if not isinstance(path[start], LOOPS):
+            loop = isinstance(path[start], LOOPS)
+            # Where nothing failed, what came before does not matter.
+            for twice in (False, True) if loop and left and start == starts[-1] else (False,):
+                program = _program(one, path, start, taken, entered=id(one.frame) in alive, twice=twice)
+                if program is not None:
+                    both = tuple(carried) if twice else None
+                    yield Rerun(program.code, program.names, [*around, *program.contexts], both)
+            if not loop:
                 break
         # Statements further out would run the whole loop.
         if any(isinstance(node, LOOPS) for node in path):
@@ -147,12 +169,16 @@ class _Program(NamedTuple):
     contexts: list[Any]
 
 
-def _program(one: Standing, path: list[ast.AST], start: int, taken: Statements, *, entered: bool) -> _Program | None:
+def _program(
+    one: Standing, path: list[ast.AST], start: int, taken: Statements, *, entered: bool, twice: bool
+) -> _Program | None:
     """The statements of a frame, from ``path[start]``, that led to where it stands.
 
-    ``entered``: its ``with`` blocks are still active.
+    ``entered``: its ``with`` blocks are still active. ``twice``: first runs all statements of ``path[start]``.
     """
     statements = taken.up_to(path, start)
+    if statements is not None and twice:
+        statements = [*(taken.up_to(path, start, beyond=True) or ()), *statements]
     if statements is None or taken.cannot_be_put_back(statements):
         return None
     body = ast.fix_missing_locations(_Mangled(path).visit(ast.Module(statements, [])))
@@ -164,8 +190,25 @@ def _program(one: Standing, path: list[ast.AST], start: int, taken: Statements, 
     return _Program(code.replace(**names_of(one.frame.f_code)), dict(taken.names), contexts)
 
 
+def _carried(one: Standing, path: list[ast.AST], start: int) -> Iterator[Carried]:
+    """Yield the variables of a frame by which a step may take over a graph from the one before."""
+    stands = path[-1]
+    taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=False)
+    statements = taken.up_to(path, start)
+    if statements is None or not isinstance(stands, (ast.Expr, ast.Assign, ast.AugAssign)):
+        return
+    if stands.lineno == stands.end_lineno:
+        site = site_of(one.frame.f_code.co_filename, stands.lineno, qualified_name(one.frame.f_code))
+        yield from (Carried(detached, site) for detached in taken.carried(statements))
+
+
 def _around(one: Standing) -> Iterator[Any]:
     """Yield the PyTorch contexts that a frame was in when an exception left it."""
+    decorating = _decorating(one.frame)
+    if decorating is not None:
+        yield decorating
+    if _is_foreign(one):
+        return
     path = _path(one)
     if path is not None:
         yield from _entered_around(path, {**one.frame.f_globals, **one.frame.f_locals})
@@ -182,12 +225,8 @@ def _entered_around(path: Sequence[ast.AST], names: Mapping[str, Any]) -> Iterat
 def _path(one: Standing) -> list[ast.AST] | None:
     """The source nodes from the file down to the statement a frame is at; ``None`` without the source."""
     code = one.frame.f_code
-    lines = linecache.getlines(code.co_filename, one.frame.f_globals)
-    if not lines or (code.co_name.startswith("<") and code.co_name != "<module>"):
-        return None
-    try:
-        tree = ast.parse("".join(lines))
-    except (SyntaxError, ValueError):
+    tree = tree_of(code.co_filename, one.frame.f_globals)
+    if tree is None or (code.co_name.startswith("<") and code.co_name != "<module>"):
         return None
     path: list[ast.AST] = [tree]
     if code.co_name != "<module>":
@@ -197,7 +236,7 @@ def _path(one: Standing) -> list[ast.AST] | None:
         path = function
     column = _column(one)
     while True:
-        inner = [node for node in _statements(path[-1]) if node.lineno <= one.line <= (node.end_lineno or node.lineno)]
+        inner = [node for block in blocks(path[-1]) for node in block if covers(node, one.line)]
         if not inner:
             return path if isinstance(path[-1], ast.stmt) and not isinstance(path[-1], FUNCTIONS) else None
         exact = [node for node in inner if column is None or _covers(node, one.line, column)]
@@ -217,15 +256,6 @@ def _is_of(node: ast.AST, code: CodeType) -> bool:
         return False
     first = min((decorator.lineno for decorator in node.decorator_list), default=node.lineno)
     return code.co_firstlineno in (node.lineno, first)
-
-
-def _statements(node: ast.AST) -> Iterator[ast.stmt]:
-    for _, value in ast.iter_fields(node):
-        for item in value if isinstance(value, list) else ():
-            if isinstance(item, ast.stmt):
-                yield item
-            elif isinstance(item, (ast.ExceptHandler, ast.match_case)):
-                yield from item.body
 
 
 def _column(one: Standing) -> int | None:

@@ -160,7 +160,7 @@ class _Kept:
             self._module(value)
             for part in value.modules():
                 self.module(part)
-        elif kind in _RECORDS or not _of_library(kind):
+        elif kind in _RECORDS or not is_of_library(kind):
             self._object(value)
 
     def _affords(self, value: Any) -> bool:
@@ -216,7 +216,7 @@ class _Kept:
                 self._globals(inner, names)
 
     def _class(self, kind: type) -> None:
-        if _of_library(kind):
+        if is_of_library(kind):
             return
         for name, value in tuple(vars(kind).items()):
             function = getattr(value, "__func__", value)
@@ -260,7 +260,7 @@ def _call(function: Callable[..., Any], *args: Any) -> Callable[[], None]:
     return lambda: function(*args)
 
 
-def _of_library(kind: type) -> bool:
+def is_of_library(kind: type) -> bool:
     """Whether a class is not part of the user's own code."""
     module = sys.modules.get(kind.__module__)
     file = getattr(module, "__file__", None)
@@ -281,7 +281,8 @@ class _Contents:
 
     def __init__(self, container: Any) -> None:
         self._container = container
-        self._items = copy.copy(container)
+        # Much faster than `copy.copy` for an ordered dictionary, of which every module has a dozen.
+        self._items = container.copy()
         if isinstance(container, (dict, list)) and len(container) <= _LONGEST:
             pairs = container.items() if isinstance(container, dict) else enumerate(container)
             for key, value in tuple(pairs):
@@ -291,6 +292,8 @@ class _Contents:
 
     def put_back(self) -> None:
         container, items = self._container, self._items
+        if not container and not items:
+            return
         if isinstance(container, bytearray):
             container[:] = items
         elif len(container) != len(items) or any(
@@ -355,7 +358,6 @@ class _Tensor:
             _write_back(self._grad.detach(), self._grad_content)
 
 
-@torch.no_grad()
 def _write_back(tensor: torch.Tensor, content: torch.Tensor) -> None:
     if not _same_bytes(tensor, content):
         tensor.copy_(content)

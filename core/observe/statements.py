@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import dis
+import inspect
 import io
+import re
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,11 +22,13 @@ from torch import nn
 from ampcheck.observe.state import copied_iterator
 from ampcheck.observe.tensors import tensors_in
 from ampcheck.source.lines import is_library, is_ours
+from ampcheck.source.syntax import FUNCTIONS, LOOPS, blocks
 
-LOOPS = (ast.For, ast.AsyncFor, ast.While)
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_NAMES = (ast.Name, ast.Attribute)
 # Parts of the names of functions that report or save, and do not compute.
 _TELLING = ("log", "save", "print", "plot", "write", "visual", "display", "record", "report", "checkpoint", "dump")
+# The methods of tensors and modules that write.
+_IN_PLACE = re.compile(r"[a-z]\w*[a-z\d]_|_foreach_\w+_|data|load_state_dict")
 # Parts of the names of methods that build a module.
 _BUILDING = ("add_module", "register_", "load_", "compile")
 
@@ -44,14 +48,14 @@ class Statements:
             return not any(map(self._computes_under, node.items))
         return isinstance(node, (ast.Module, *FUNCTIONS, *LOOPS))
 
-    def up_to(self, path: Sequence[ast.AST], start: int) -> list[ast.stmt] | None:
-        """The statements in ``path[start]`` up to the last of the path, which is always taken.
+    def up_to(self, path: Sequence[ast.AST], start: int, *, beyond: bool = False) -> list[ast.stmt] | None:
+        """The statements in ``path[start]`` up to the last of the path, which is always taken, and those ``beyond`` it.
 
         Branches on the way are taken, and ``with`` blocks entered.
         """
         statements: list[ast.stmt] | None = None
         for outer, inner in zip(reversed(path[start:-1]), reversed(path[start + 1 :]), strict=True):
-            block = next((one for one in _blocks(outer) if any(node is inner for node in one)), None)
+            block = next((one for one in blocks(outer) if any(node is inner for node in one)), None)
             if block is None:
                 return None
             at = next(i for i, node in enumerate(block) if node is inner)
@@ -64,9 +68,35 @@ class Statements:
             elif isinstance(inner, ast.With):
                 items = [item for item in inner.items if self._computes_under(item)]
                 statements = [ast.copy_location(ast.With(items, statements), inner)] if items else statements
+            after = [taken for node in block[at + 1 :] if (taken := self.of(node)) is not None] if beyond else []
             before = [taken for node in reversed(block[:at]) if (taken := self.of(node)) is not None]
-            statements = [*reversed(before), *statements]
+            statements = [*reversed(before), *statements, *after]
         return statements
+
+    def carried(self, statements: Iterable[ast.stmt]) -> list[str]:
+        """What detaches each variable with a graph that statements may read before they give it a value."""
+        found: dict[str, None] = {}
+        self._read_first(statements, set(), found)
+        return list(found)
+
+    def _read_first(self, nodes: Iterable[ast.AST], given: set[str], found: dict[str, None]) -> set[str]:
+        """Add to ``found``, and return what the nodes have given a value in any case, with what was before."""
+        for node in nodes:
+            inner = list(blocks(node))
+            inside = {id(one) for block in inner for outer in block for one in ast.walk(outer)}
+            names = [one for one in ast.walk(node) if isinstance(one, _NAMES) and id(one) not in inside]
+            for one in names:
+                name = ast.unparse(one)
+                detached = _detached(name, self._value(one)) if isinstance(one.ctx, ast.Load) else None
+                if detached is not None and name not in given:
+                    found[f"{name} = {detached}"] = None
+            given = given | {ast.unparse(one) for one in names if isinstance(one.ctx, ast.Store)}
+            ends = [self._read_first(block, given, found) for block in inner]
+            if isinstance(node, ast.If):
+                given = ends[0] & ends[1] if len(ends) == 2 else given
+            elif ends:
+                given = given.union(*ends)
+        return given
 
     def cannot_be_put_back(self, statements: list[ast.stmt]) -> bool:
         """Whether statements use something that would differ afterwards, or may wait forever.
@@ -76,12 +106,9 @@ class Statements:
         """
         used = {node.id for one in statements for node in ast.walk(one) if isinstance(node, ast.Name)}
         reached = list(_reachable(self.names[name] for name in used if name in self.names))
-        if self._training:
-            # Nothing has failed: what its functions report or write must not appear twice.
-            names = {name for one in reached if isinstance(one, FunctionType) for name in one.__code__.co_names}
-            if any(part in name for name in names for part in (*_TELLING, "open")):
-                return True
-        return any(map(_is_spent_by_use, reached))
+        # Where nothing has failed, what its functions report or write must not appear twice.
+        tells = self._training and any(_tells(one.__code__) for one in reached if isinstance(one, FunctionType))
+        return tells or any(map(_is_spent_by_use, reached))
 
     def _needs(self, node: ast.AST) -> None:
         """With ``node``, also take what made its tensors, if no graph shows what led to them."""
@@ -170,7 +197,7 @@ class Statements:
         function = expression.func
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         receiver = self._root(function.value) if isinstance(function, ast.Attribute) else None
-        if isinstance(receiver, torch.Tensor) or name == "backward":
+        if isinstance(receiver, torch.Tensor) or name == "backward" or _shares_memory(receiver):
             return True
         if any(part in name for part in _TELLING):
             return False
@@ -182,12 +209,13 @@ class Statements:
             if _carries_graph(receiver) or _carries_graph(getattr(receiver, "__dict__", None)):
                 return True
         called = self._value(function)
-        code = getattr(called, "__code__", None)
+        code = getattr(_own(called), "__code__", None)
+        given = any(map(self._has_tensor, (*expression.args, *(keyword.value for keyword in expression.keywords))))
         if code is None or is_library(code.co_filename):
-            of_torch = str(getattr(called, "__module__", "")).partition(".")[0] == "torch"
-            return of_torch and any(map(self._has_tensor, expression.args))
-        tells = any(part in used for used in code.co_names for part in (*_TELLING, "open"))
-        return not tells and any(map(self._has_tensor, expression.args))
+            root = self._root(function.value) if isinstance(function, ast.Attribute) else None
+            module = getattr(called, "__module__", None) or getattr(root, "__name__", "")
+            return given and str(module).partition(".")[0] in ("torch", "numpy")
+        return not _tells(code) and (given or _writes_to_what_it_reaches(called))
 
     def _root(self, expression: ast.expr) -> Any:
         """The value that a chain of attributes, calls and subscripts starts with, as far as it can be looked up."""
@@ -223,7 +251,10 @@ class Statements:
     def _has_tensor(self, expression: ast.expr) -> bool:
         values = [self._value(node) for node in ast.walk(expression) if isinstance(node, (ast.Name, ast.Attribute))]
         computing = (nn.Module, torch.optim.Optimizer)
-        return any(isinstance(value, computing) or next(tensors_in(value), None) is not None for value in values)
+        return any(
+            isinstance(value, computing) or _shares_memory(value) or next(tensors_in(value), None) is not None
+            for value in values
+        )
 
 
 def _reachable(values: Iterable[Any]) -> Iterator[Any]:
@@ -235,12 +266,35 @@ def _reachable(values: Iterable[Any]) -> Iterator[Any]:
             continue
         seen.add(id(value))
         yield value
-        function = getattr(value, "__func__", value)
+        function = _own(value)
+        if function is not value:
+            yield function
         if not isinstance(function, FunctionType) or depth > 4 or is_library(function.__code__.co_filename):
             continue
         cells = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
         named = (function.__globals__.get(name) for name in function.__code__.co_names)
         pending += [(one, depth + 1) for one in (*cells, *named) if one is not None]
+
+
+def _tells(code: CodeType) -> bool:
+    """Whether code reports or saves, by the names it uses."""
+    return any(part in name for name in code.co_names for part in (*_TELLING, "open"))
+
+
+def _writes_to_what_it_reaches(called: Any) -> bool:
+    """Whether a function that is given no tensor writes to those of a module, or others, that it finds by itself."""
+    reached = list(_reachable([called]))
+    codes = [one.__code__ for one in reached if isinstance(one, FunctionType)]
+    if any(map(_tells, codes)) or not any(_IN_PLACE.fullmatch(name) for code in codes for name in code.co_names):
+        return False
+    held = [*reached, *getattr(getattr(called, "__self__", None), "__dict__", {}).values()]
+    return any(isinstance(one, nn.Module) or next(tensors_in(one), None) is not None for one in held)
+
+
+def _own(called: Any) -> Any:
+    """The function of a method, without decorators."""
+    function = getattr(called, "__func__", called)
+    return inspect.unwrap(function) if isinstance(function, FunctionType) else function
 
 
 def _is_filled(cell: CellType) -> bool:
@@ -267,6 +321,8 @@ def _carries_graph(value: Any) -> bool:
     with contextlib.suppress(Exception):
         if isinstance(value, (dict, list, tuple)) and len(value) > 10_000:
             return False
+        if _shares_memory(value):
+            return True
         if any(tensor.grad_fn is not None or tensor.requires_grad for tensor in tensors_in(value)):
             return not isinstance(value, nn.Parameter)
         # A library's output that is a data class or a named tuple.
@@ -276,13 +332,25 @@ def _carries_graph(value: Any) -> bool:
     return False
 
 
-def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    for _, value in ast.iter_fields(node):
-        if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
-            yield value
-        for item in value if isinstance(value, list) else ():
-            if isinstance(item, (ast.ExceptHandler, ast.match_case)):
-                yield item.body
+def _shares_memory(value: Any) -> bool:
+    """Whether a value is a NumPy array on the memory of a tensor."""
+    while type(value).__module__ == "numpy" and getattr(value, "base", None) is not None:
+        value = value.base
+        if isinstance(value, torch.Tensor):
+            return True
+    return False
+
+
+def _detached(name: str, value: Any) -> str | None:
+    """The expression for a tensor, or for a flat list or tuple of tensors, without a graph; ``None`` if it has none."""
+    if isinstance(value, torch.Tensor):
+        return f"{name}.detach()" if value.grad_fn is not None else None
+    if type(value) not in (list, tuple) or not value or not all(isinstance(one, torch.Tensor) for one in value):
+        return None
+    if all(one.grad_fn is None for one in value):
+        return None
+    each = f"one.detach() for one in {name}"
+    return f"[{each}]" if isinstance(value, list) else f"tuple({each})"
 
 
 def _last(node: ast.AST) -> ast.stmt | None:

@@ -177,6 +177,7 @@ class WatchedStep:
             scaling=self._scaler.calls if self._scaler else (),
             updates=self._updates.updates if self._updates else (),
             died_of=described(self._died_of) if self._died_of is not None else None,
+            called=self._modules.called if self._died_of is not None else {},
         )
 
     def graph(self, error: BaseException | None = None) -> GraphTrace | None:

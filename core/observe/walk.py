@@ -116,7 +116,8 @@ def walk(model: nn.Module) -> ModelInfo:
                 buffer = counts is buffers
                 # Buffers decide the device only if there are no parameters.
                 elements[device_type] = elements.get(device_type, 0) + (1 if buffer or lazy else 1000 * tensor.numel())
-                tensors.append(TensorInfo(prefix + key, dtype, shape, device_type, tensor.requires_grad, buffer))
+                made = tensor.requires_grad, buffer, not lazy and tensor.is_inference()
+                tensors.append(TensorInfo(prefix + key, dtype, shape, device_type, *made))
         modules.append(ModuleInfo(name, type(module).__name__, parameters, buffers))
     device_type = max(elements, key=elements.__getitem__) if elements else "cpu"
     policies = tuple(_policies(model))
@@ -170,6 +171,8 @@ def precision_by_policy(model: ModelInfo, declared: Precision, scaler: bool) -> 
 def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerInfo:
     """Describe the optimizer, and how far its parameters are the model's."""
     own = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
+    # First of all: what follows refers to the parameters too.
+    orphans = sum(id(parameter) not in own for parameter in _held_by_nobody_else(optimizer))
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # Inside `torch.func.functional_call` other tensors stand in for the parameters: their owner is unknown.
     swapped = not all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
@@ -182,6 +185,7 @@ def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Opt
         _shapes(held) == _shapes(parameter for parameter in model.parameters() if parameter.requires_grad),
         frozenset(own[id(parameter)] for parameter in held if id(parameter) in own),
         tuple(tuple(p.shape) for p in held if id(p) not in own and not swapped and type(p) not in _LAZY),
+        orphans,
         tuple(_lost_eps(optimizer)),
     )
 
@@ -201,6 +205,22 @@ def _lost_eps(optimizer: torch.optim.Optimizer) -> Iterator[tuple[float, str]]:
         # Half the smallest number is rounded up to it.
         if eps < torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2:
             yield eps, dtype_name(dtype)
+
+
+def _held_by_nobody_else(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters that only the optimizer still refers to: what they belonged to is gone."""
+    # How many references a list and reading from it make differs from one Python to the next.
+    alone = _references([torch.empty(0)])[0]
+    return [
+        parameter
+        for group in optimizer.param_groups
+        for parameter, references in zip(group["params"], _references(group["params"]), strict=True)
+        if references - (parameter in optimizer.state) <= alone
+    ]
+
+
+def _references(tensors: list[torch.Tensor]) -> list[int]:
+    return [sys.getrefcount(tensor) for tensor in tensors]
 
 
 def _shapes(parameters: Iterable[torch.Tensor]) -> Counter[tuple[int, ...]]:

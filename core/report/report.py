@@ -77,29 +77,34 @@ class Report:
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON form.
+        """Write the JSON form, as ``write_json`` does."""
+        write_json(path, self.to_dict())
 
-        Replaces a regular file as a whole, so that a reader never sees half a report. Writes into anything else (a
-        pipe, a device), and follows links. Raises ``OSError``.
-        """
-        text = json.dumps(self.to_dict(), indent=1, default=str) + "\n"
-        path = Path(os.path.realpath(path))
-        if path.exists() and not path.is_file():
-            _write_to(path, text)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".ampcheck-{secrets.token_hex(8)}")
-        # Created with the permissions that the user's umask leaves.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            if path.exists():
-                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+
+def write_json(path: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
+    """Write the JSON form of a report.
+
+    Replaces a regular file as a whole, so that a reader never sees half a report. Writes into anything else (a
+    pipe, a device), and follows links. Raises ``OSError``.
+    """
+    text = json.dumps(report, indent=1, default=str) + "\n"
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        _write_to(path, text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".ampcheck-{secrets.token_hex(8)}")
+    # Created with the permissions that the user's umask leaves.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        if path.exists():
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def _write_to(path: Path, text: str) -> None:

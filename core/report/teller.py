@@ -17,7 +17,7 @@ from rich.text import Text
 from ampcheck.report.ranks import gather, merged_findings, rank
 from ampcheck.report.report import Report
 from ampcheck.report.text import NAME, not_judged_line, render_finding
-from ampcheck.rules.rule import Finding, Severity, told
+from ampcheck.rules.rule import Finding, Severity
 from ampcheck.source.printable import shown
 from ampcheck.trace import Trace
 
@@ -71,7 +71,7 @@ class Teller:
         """Report what is new in ``report`` on this rank, without asking the others: they may be in another step."""
         new = tuple(finding for finding in report.findings if finding not in self._told)
         self._told += new
-        self.say_findings(told(new), report.trace)
+        self.say_findings(new, report.trace)
         self.write(report)
 
     def note(self, error: BaseException, findings: Iterable[Finding], trace: Trace, *, aloud: bool = False) -> None:
@@ -80,7 +80,7 @@ class Teller:
         if not new:
             return
         self._told += new
-        note = "\n".join([_NOTE_HEAD, *(render_finding(finding, trace).plain for finding in told(new))])
+        note = "\n".join([_NOTE_HEAD, *(render_finding(finding, trace).plain for finding in new)])
         # Python 3.10 neither keeps notes nor shows them.
         keeps = hasattr(error, "add_note")
         if keeps:

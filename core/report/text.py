@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ampcheck.precision import LOW_PRECISION
 from ampcheck.report.comparison import comparison_lines
-from ampcheck.rules.rule import Finding, Severity, told
+from ampcheck.rules.rule import Finding, Severity
 from ampcheck.source.lines import short_path
 from ampcheck.trace import ModelInfo, Site, StepTrace, Trace
 
@@ -37,7 +37,7 @@ def render(trace: Trace, findings: Sequence[Finding], not_judged: Mapping[str, s
     for phase, step in (("training", trace.training), ("evaluation", trace.evaluation)):
         if step is not None:
             lines.append(step_line(phase, step))
-    blocks = [*lines, *(render_finding(finding, trace) for finding in told(findings))]
+    blocks = [*lines, *(render_finding(finding, trace) for finding in findings)]
     if not_judged:
         blocks.append(not_judged_line(not_judged))
     return Text("\n").join(blocks)

@@ -98,7 +98,12 @@ class _Line:
             twins = not any(_NO_TWIN.fullmatch(_name(link)) for link in _chain(call))
             if through == "fresh":
                 return self._replaced(call, self._without_underscores(call)) if twins else None
-            if through == "view" or not twins or not self._is_whole(base, whole=whole):
+            if (
+                through == "view"
+                or not twins
+                or not self._is_whole(base, whole=whole)
+                or self._reads_itself(call, base)
+            ):
                 return self._to_copy(base)
             return self._assigned(call, base, self._without_underscores(call))
         return None
@@ -112,6 +117,11 @@ class _Line:
             return isinstance(target, ast.Name)
         index = target.slice.elts if isinstance(target.slice, ast.Tuple) else [target.slice]
         return whole and not any(map(_is_slice, index)) and not _is_data(target.value)
+
+    def _reads_itself(self, call: ast.Call, base: ast.expr) -> bool:
+        """Whether a later write of a chain takes what an earlier one wrote: ``x.mul_(2).add_(x[0])``."""
+        taken = [argument for link in list(_chain(call))[:-1] for argument in (*link.args, *link.keywords)]
+        return any(ast.dump(node) == _loaded(base) for one in taken for node in ast.walk(one))
 
     def copied_argument(self, called: str) -> str | None:
         calls = [node for node in ast.walk(self._statement) if isinstance(node, ast.Call) and _name(node) == called]

@@ -3,10 +3,10 @@
 import re
 from collections import Counter
 
-from ampcheck.precision import LOW_PRECISION
+from ampcheck.precision import FLOATING, LOW_PRECISION
 from ampcheck.trace import AutocastRegion, ModelInfo, StepTrace, TensorInfo, Trace
 
-_LOSS = re.compile("(?i)loss|criterion")
+_LOSS = re.compile("(?i)loss|criterion|entropy")
 
 
 def trainable(model: ModelInfo) -> list[TensorInfo]:
@@ -19,10 +19,16 @@ def in_force(step: StepTrace | None) -> Counter[str]:
 
 
 def around_losses_only(step: StepTrace) -> list[str]:
-    """The types of the losses that ran under autocast, where nothing else did."""
+    """The losses, by type or by the name of their node, that ran under autocast, where nothing else did."""
     inside = [call for call in step.forward if call.autocast.enabled]
     losses = [call.type for call in inside if call.module is None and _LOSS.search(call.type)]
-    return list(dict.fromkeys(losses)) if len(losses) == len(inside) else []
+    if len(losses) != len(inside):
+        return []
+    # Nodes outside any module, in upper case; the rest are calls of functions.
+    nodes = [call.op for call in step.ops if call.autocast.enabled and call.module is None and call.op[0].isupper()]
+    if not all(map(_LOSS.search, nodes)):
+        return []
+    return list(dict.fromkeys(losses or nodes))
 
 
 def scaling(trace: Trace) -> bool:
@@ -34,6 +40,14 @@ def wants_mixed(trace: Trace) -> bool:
     precision = trace.precision
     undeclared = precision.mode == "unknown" or not precision.explicit
     return precision.mixed or (undeclared and (scaling(trace) or bool(in_force(trace.training))))
+
+
+def low_throughout(trace: Trace) -> str | None:
+    """The low precision of a model that has it in all parameters and is to run without autocast."""
+    if trace.model is None or trace.precision.mixed or trace.scaler is not None:
+        return None
+    dtypes = {tensor.dtype for tensor in trace.model.parameters if tensor.dtype in FLOATING}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= LOW_PRECISION else None
 
 
 def casts_by_policy(trace: Trace) -> bool:

@@ -9,6 +9,8 @@ from ampcheck.rules._words import attribute, cast_of, place, places, sentence
 from ampcheck.trace import CustomFunction, FailedOperand, FailedOperation, Failure, Site
 
 _SHORT = 60
+# Reasons that leave it to the program which dtype is right.
+_BY_DTYPE = ("parameter-not-float32", "autocast-never-entered", "autocast-disabled-here", "float64-operand", "unknown")
 
 
 def crash_message(failure: Failure, operation: FailedOperation, what: str) -> str:
@@ -18,6 +20,10 @@ def crash_message(failure: Failure, operation: FailedOperation, what: str) -> st
         expression = f"{expression.partition('(')[0]}(...)"
     head = f"In {module}, {what}" if module else sentence(what)
     words = in_words(operation.operands)
+    seen = {operand.dtype for operand in operation.operands}
+    unseen = set(operation.dtypes) - seen
+    if unseen and len(seen) == 1 and seen.issubset(operation.dtypes):
+        words += f", another operand is {' or '.join(sorted(unseen))}"
     return f"{head}{f' in `{expression}`' if expression else ''}{f': {words}' if words else ''}."
 
 
@@ -92,14 +98,19 @@ def sites_of(failure: Failure, operation: FailedOperation, *more: Site | None) -
     return places((*failure.sites[:1], *operation.producers, *more))
 
 
-def cast_fix(operation: FailedOperation, why: Why) -> str:
-    """Up to two fixes for operands with different dtypes, in the names of this crash."""
+def cast_fix(operation: FailedOperation, why: Why, throughout: str | None = None) -> str:
+    """Up to two fixes for operands with different dtypes, in the names of this crash. ``throughout`` is the dtype of a
+    model that is in low precision as a whole: nothing in it is cast to float32."""
     if why.fix:
         return why.fix
     operands, function = operation.operands, operation.function
     low = [operand for operand in operands if operand.dtype in LOW_PRECISION]
     high = [operand for operand in operands if operand.dtype not in LOW_PRECISION]
     device = device_type(operands) or "cuda"
+    wide = [operand for operand in high if not operand.stored]
+    if throughout is not None and wide and why.reason in _BY_DTYPE:
+        casts = ", ".join(dict.fromkeys(cast_of(operand, f".to(torch.{throughout})") for operand in wide))
+        return f"The model is {throughout}: cast to it first, {casts}, or make it so: `dtype=torch.{throughout}`."
     if why.reason == "custom-function" and function is not None:
         return function_fix(function, device)
     if why.reason == "parameter-not-float32":
@@ -109,7 +120,7 @@ def cast_fix(operation: FailedOperation, why: Why) -> str:
         casting = cast_of(given, method) if given is not None else f"`{method}`"
         return f"Keep {weight.name} float32 and let autocast cast it, or cast the input: {casting}."
     casting = _cast_call(low, high)
-    if why.reason == "autocast-disabled-here":
+    if why.reason == "autocast-disabled-here" and not why.by_host:
         return f"{casting}, or remove the region{place(why.site)} so that autocast casts."
     double = [operand for operand in operands if operand.dtype == "float64"]
     if double and why.reason in ("float64-operand", "autocast-never-entered"):
@@ -145,7 +156,12 @@ def _cast_call(low: Sequence[FailedOperand], high: Sequence[FailedOperand]) -> s
 
 
 def function_fix(function: CustomFunction, device: str) -> str:
-    """The decorators a custom function needs."""
+    """The decorators a custom function needs, or the region around its call where it is installed code."""
+    if function.library:
+        return (
+            f"`{function.name}` is installed code: call {function.module or 'it'} inside "
+            f"`with torch.autocast({device!r}, enabled=False):`, on `.float()` inputs."
+        )
     if function.setup_context:
         return (
             f"Make `{function.name}.forward` take `ctx` (remove `setup_context`) and decorate it with "

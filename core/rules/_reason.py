@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from ampcheck.precision import LOW_PRECISION
-from ampcheck.rules._facts import casts_by_policy
+from ampcheck.rules._facts import casts_by_policy, low_throughout
 from ampcheck.rules._words import be, cast_of, place, sentence
 from ampcheck.trace import (
     CustomFunction,
@@ -35,12 +35,14 @@ Reason = Literal[
 
 
 class Why(NamedTuple):
-    """A reason of the report's format, in words, with the line behind it and a fix if this reason has its own."""
+    """A reason of the report's format, in words, with the line behind it and a fix if this reason has its own.
+    ``by_host``: no line of the user's is behind it."""
 
     reason: Reason
     words: str
     site: Site | None = None
     fix: str = ""
+    by_host: bool = False
 
 
 def why_autocast_did_not_act(trace: Trace, failure: Failure, mismatch: DtypeMismatch) -> Why:
@@ -60,7 +62,8 @@ def why_autocast_did_not_act(trace: Trace, failure: Failure, mismatch: DtypeMism
     ]
     if low:
         names = ", ".join(operand.name for operand in low)
-        return Why("parameter-not-float32", f"{names} {be(len(low))} already {low[0].dtype}")
+        whole = ", as the whole model is" if low_throughout(trace) else ""
+        return Why("parameter-not-float32", f"{names} {be(len(low))} already {low[0].dtype}{whole}")
     if operation.function is not None:
         return Why("custom-function", _function_words(operation.function), operation.function.site)
     if operation.thread:
@@ -120,7 +123,7 @@ def _by_death(trace: Trace, failure: Failure, mismatch: DtypeMismatch) -> Why | 
     around = left or (list(step.around(call.region)) if call is not None else [])
     acting = next((region for region in around if region.is_for(device)), None)
     if acting is not None:
-        return _while_on(mismatch) if acting.enabled else _disabled(acting.site)
+        return _while_on(mismatch) if acting.enabled else _disabled(acting.site, by_host=not acting.by_user)
     if call is not None and call.autocast.enabled:
         return _while_on(mismatch)
     if call is None and step.died_of not in raised:
@@ -160,7 +163,7 @@ def _by_habit(trace: Trace, failure: Failure, mismatch: DtypeMismatch) -> Why | 
     around = list(step.around(call.region))
     off = next((region for region in around if region.is_for(call.autocast.device_type) and not region.enabled), None)
     if off is not None:
-        return _disabled(off.site)
+        return _disabled(off.site, by_host=not off.by_user)
     devices = [region.device_type for region in around]
     return _never_entered(call.autocast.device_type, devices, around[0].site if around else None)
 
@@ -190,8 +193,8 @@ def _together(operands: Iterable[FailedOperand]) -> str:
     return " and ".join(dict.fromkeys(operand.name for operand in operands))
 
 
-def _disabled(site: Site | None) -> Why:
-    return Why("autocast-disabled-here", f"the region{place(site)} turns it off", site)
+def _disabled(site: Site | None, *, by_host: bool = False) -> Why:
+    return Why("autocast-disabled-here", f"the region{place(site)} turns it off", site, by_host=by_host)
 
 
 def _never_entered(device: str, others: Sequence[str], site: Site | None) -> Why:

@@ -71,7 +71,7 @@ def sites_of(stale: StaleTensor) -> tuple[Site, ...]:
     lines: dict[tuple[str, int], Site] = {}
     for site in places(write.site for write in stale.writes):
         lines.setdefault((site.file, site.line), site)
-    return places([*tuple(lines.values())[:3], stale.save])
+    return places([*tuple(lines.values())[:3], stale.shared, stale.save])
 
 
 def data_of(stale: StaleTensor, others: Iterable[StaleTensor] = ()) -> dict[str, Any]:
@@ -132,6 +132,12 @@ def as_write(site: Site) -> Site:
     return replace(site, role="write")
 
 
+def library_line(sites: Iterable[Site]) -> Site | None:
+    """The innermost line of a library other than PyTorch."""
+    paths = ((site, site.file.replace("\\", "/")) for site in sites)
+    return next((site for site, path in paths if "-packages/" in path and "/torch/" not in path), None)
+
+
 def statement(site: Site) -> str:
     """The line's code without its comment."""
     return _COMMENT.sub("", site.code).rstrip(";, ")
@@ -151,9 +157,10 @@ def remedy(trace: Trace, stale: StaleTensor) -> Remedy:
         return Remedy()
     if stale.name:
         # A write to a parameter is intended.
+        again = f", or run the forward pass{place(stale.save)} again after the write" if stale.save else ""
         return Remedy(
             f"Move the write to {stale.name} at {write.site} after the `backward()` that uses it, inside `with "
-            "torch.no_grad():`."
+            f"torch.no_grad():`{again}."
         )
     # `levels[i] += x` writes to a whole tensor of a list, `x[i] += y` to a part of a tensor.
     whole = write.shape == stale.shape
@@ -171,7 +178,7 @@ def without_write(
         if second:
             fix = f"Write to a copy: insert the line `{first}` before {site}."
         return Remedy(fix, Edit(site.file, site.line, site.code, after))
-    kind = _inplace_type(trace, site.module)
+    kind = inplace_type(trace, site.module)
     if kind is None or site.module is None:
         return Remedy(f"Use the out-of-place operation at {site}, or write to a copy: `.clone()`.")
     fix = f"Build the {kind} `{site.module}`{f' ({library})' if library else ''} with `inplace=False`"
@@ -183,11 +190,25 @@ def without_write(
     )
 
 
+def detaching(trace: Trace) -> Remedy:
+    """How to keep the failing step from taking over a graph from the one before, if it does."""
+    if trace.graph is None or trace.graph.carried is None:
+        return Remedy()
+    if not trace.graph.carried:
+        return Remedy("Detach what the step takes over from the one before it, by `.detach()`.")
+    first, *others = trace.graph.carried
+    lines = " and ".join(f"`{one.detached}` after {one.after}" for one in trace.graph.carried)
+    fix = f"Detach what the step takes over from the one before it: insert {lines}."
+    after = f"{_COMMENT.sub('', first.after.code)}\n{first.detached}"
+    edit = None if others else Edit(first.after.file, first.after.line, first.after.code, after)
+    return Remedy(fix, edit)
+
+
 # The types of modules, PyTorch's and others', that take `inplace=`.
 _INPLACE = re.compile(r"(?i)(relu|elu|silu|swish|mish|hard(sigmoid|tanh)|threshold|drop(out|path)|activation)")
 
 
-def _inplace_type(trace: Trace, module: str | None) -> str | None:
+def inplace_type(trace: Trace, module: str | None) -> str | None:
     """The type of a module that may have been built with ``inplace=True``."""
     modules = trace.model.modules if trace.model is not None else ()
     kind = next((one.type for one in modules if module and one.name == module), None)

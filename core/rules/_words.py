@@ -1,8 +1,11 @@
 """How messages count, list and place things."""
 
+import ast
 from collections.abc import Iterable
 
 from ampcheck.trace import FailedOperand, Site
+
+_ATOMS = (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant)
 
 
 def count(number: int, noun: str) -> str:
@@ -24,7 +27,16 @@ def attribute(name: str) -> str:
 def cast_of(operand: FailedOperand, method: str) -> str:
     """```x.float()``` to paste, or words for an operand whose expression in the user's line is not known."""
     known = operand.device is not None and not operand.stored and not operand.library
-    return f"`{operand.name}{method}`" if known else f"`{method}` on {operand.name}"
+    return f"`{_atom(operand.name)}{method}`" if known else f"`{method}` on {operand.name}"
+
+
+def _atom(expression: str) -> str:
+    """The expression, in parentheses if a method call on it needs them."""
+    try:
+        tight = isinstance(ast.parse(expression, mode="eval").body, _ATOMS)
+    except SyntaxError:
+        return expression
+    return expression if tight else f"({expression})"
 
 
 def be(number: int) -> str:

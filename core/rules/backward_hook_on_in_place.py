@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._stale import as_write
+from ampcheck.rules._stale import as_write, inplace_type, library_line
 from ampcheck.rules._words import place, some
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import BackwardHookView, Trace
@@ -45,10 +45,17 @@ def backward_hook_on_in_place(trace: Trace) -> Iterator[Evidence]:
     site = as_write(failure.sites[0]) if failure.sites else None
     hooked = trace.graph.hooked if trace.graph is not None else ()
     names = [f"module {name}" if name else "the model itself" for name in hooked]
+    library = library_line(failure.sites)
+    kind = inplace_type(trace, failure.module)
+    fix = (
+        f"Build the {kind} `{failure.module}`{f' ({library})' if library else ''} with `inplace=False`, or register "
+        "the hook on a tensor: `output.register_hook(hook)`."
+    )
     yield Evidence(
         f"A tensor that a full backward hook wraps was modified in place{place(site)}"
         f"{f'; full backward hooks are on {some(names)}' if names else ''}.",
         module=failure.module,
         sites=(site,) if site else (),
-        data={"hooked": list(hooked)},
+        data={"hooked": list(hooked), **({"written_in": f"{library.file}:{library.line}"} if library else {})},
+        fix=fix if kind is not None else None,
     )

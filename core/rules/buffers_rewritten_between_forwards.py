@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
 from ampcheck.rules._stale import cause, data_of, found_by_pytorch, passed_by_pytorch, plain_op, sites_of
-from ampcheck.rules._words import place, sentence
+from ampcheck.rules._words import place, places, sentence
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import StaleTensor, Trace
 
@@ -41,10 +41,12 @@ def buffers_rewritten_between_forwards(trace: Trace) -> Iterator[Evidence]:
         - https://github.com/pytorch/pytorch/issues/22095
         - https://github.com/huggingface/transformers/issues/24996
     """
-    for stale in (found_by_pytorch(trace)[:1], passed_by_pytorch(trace)):
-        rewritten = [one for one in stale if cause(one) == "buffer"]
-        if rewritten:
-            yield _evidence(rewritten[0], rewritten[1:])
+    crashed = found_by_pytorch(trace)
+    if crashed and cause(crashed[0]) == "buffer":
+        yield _evidence(crashed[0], [one for one in crashed[1:] if cause(one) == "buffer"])
+    silent = [one for one in passed_by_pytorch(trace) if cause(one) == "buffer"]
+    if silent:
+        yield _evidence(silent[0], silent[1:])
 
 
 def _evidence(stale: StaleTensor, others: list[StaleTensor]) -> Evidence:
@@ -57,7 +59,9 @@ def _evidence(stale: StaleTensor, others: list[StaleTensor]) -> Evidence:
     silently = ", and PyTorch does not notice" if stale.silent else ""
     named = f"the buffer {stale.name}" if stale.name else "a buffer"
     attribute = f"self.{stale.name.rpartition('.')[2]}" if stale.name else "buffer"
-    copy = f"Use `{attribute}.clone()`{place(stale.save)}"
+    saves = places(one.save for one in (stale, *others) if one.name == stale.name)
+    lines = list(dict.fromkeys(place(site) for site in saves))
+    copy = f"Use `{attribute}.clone()`{' and'.join(lines)}"
     return Evidence(
         sentence(
             f"{named}, saved by {stale.node}{place(stale.save)}, was overwritten{who} before backward used it"

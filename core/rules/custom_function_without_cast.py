@@ -10,6 +10,7 @@ from ampcheck.trace import (
     Failure,
     InPlaceDtype,
     OpNotImplemented,
+    Site,
     Trace,
 )
 
@@ -88,11 +89,17 @@ def _evidence(
     return Evidence(
         message,
         module=failure.module,
-        sites=sites_of(failure, operation, function.site),
+        sites=sites_of(failure, operation, function.site, _called(trace, failure)),
         data=data_of(operation, "custom-function"),
         severity=Severity.ERROR,
         fix=function_fix(function, devices[0]),
     )
+
+
+def _called(trace: Trace, failure: Failure) -> Site | None:
+    """The line that called the module, of which nothing is on the stack in backward."""
+    step = trace.training
+    return step.called.get(failure.module) if failure.phase == "backward" and step and failure.module else None
 
 
 def _state(function: CustomFunction) -> str:

@@ -1,9 +1,10 @@
 from collections.abc import Iterator
 
+from ampcheck.rules._facts import low_throughout
 from ampcheck.rules._operation import cast_fix, crash_message, data_of, sites_of, told_by
-from ampcheck.rules._reason import why_autocast_did_not_act
+from ampcheck.rules._reason import Why, why_autocast_did_not_act
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import DtypeMismatch, Trace
+from ampcheck.trace import DtypeMismatch, Failure, Trace
 
 
 @rule(
@@ -51,6 +52,7 @@ def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
         return
     operation = failure.facts.operation
     why = why_autocast_did_not_act(trace, failure, failure.facts)
+    throughout = low_throughout(trace)
     what = "autocast refused to promote operands" if failure.facts.promotes else "operands had different dtypes"
     message = crash_message(failure, operation, what)
     yield Evidence(
@@ -58,6 +60,16 @@ def dtype_mismatch(trace: Trace) -> Iterator[Evidence]:
         module=failure.module,
         sites=sites_of(failure, operation, why.site),
         data=data_of(operation, why.reason),
-        fix=cast_fix(operation, why),
-        told_by=told_by(operation),
+        fix=cast_fix(operation, why, throughout),
+        told_by=told_by(operation) or ("AMP206" if operation.custom and operation.autocast_rule is False else None),
+        situation=_situation(failure, why, throughout),
     )
+
+
+def _situation(failure: Failure, why: Why, throughout: str | None) -> str | None:
+    if throughout is not None:
+        return "low-precision-model"
+    evaluating = failure.phase.startswith(("eval", "val", "test", "predict", "sanity"))
+    if evaluating and (why.by_host or why.reason == "autocast-never-entered"):
+        return "evaluation"
+    return "low-precision-parameter" if why.reason == "parameter-not-float32" else None

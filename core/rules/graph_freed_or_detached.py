@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
 from ampcheck.rules._facts import trainable
-from ampcheck.rules._stale import plain_op
+from ampcheck.rules._stale import detaching, plain_op
 from ampcheck.rules._words import place, places
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Failure, GraphFreed, NoGraph, Site, Trace
@@ -50,14 +50,15 @@ def _freed(trace: Trace, failure: Failure) -> Evidence:
     raised = failure.sites[0] if failure.sites else None
     earlier = trace.graph.backwards[:-1] if trace.graph is not None else ()
     first = earlier[-1] if earlier else None
+    fix, edit = detaching(trace)
     return Evidence(
         f"Backward{place(raised)} reached a part of the graph that an earlier backward{place(first)} had freed.",
         module=failure.module,
         sites=places((raised, first)),
-        fix=(
-            "Add up the losses and call `backward()` once, or `.detach()` what you carry over from the previous step. "
-            "Pass `retain_graph=True` to the first backward only if both need the same graph."
-        ),
+        fix=fix
+        or "Add up the losses and call `backward()` once, or `.detach()` what you carry over from the previous step. "
+        "Pass `retain_graph=True` to the first backward only if both need the same graph.",
+        edit=edit,
     )
 
 

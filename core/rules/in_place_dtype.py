@@ -66,4 +66,5 @@ def _fix(operation: FailedOperation) -> str | None:
 
 
 def _dtype_of(operand: FailedOperand) -> str:
-    return f"torch.{operand.dtype}" if operand.stored else f"{operand.name}.dtype"
+    named = not operand.stored and operand.name.replace(".", "").isidentifier()
+    return f"{operand.name}.dtype" if named else f"torch.{operand.dtype}"

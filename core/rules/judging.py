@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ampcheck.rules import RULES
-from ampcheck.rules.rule import Finding, Rule, Severity
+from ampcheck.rules.rule import Finding, Rule, Severity, told
 from ampcheck.trace import Trace
 
 
@@ -26,7 +26,8 @@ def judge(
 ) -> tuple[tuple[Finding, ...], dict[str, str]]:
     """Judge a trace by ``rules``: the findings, most severe first, and by code why a rule could not be judged.
 
-    A rule about what this run does not have (a failure, an averaged copy) finds nothing. Rules about a failure judge
+    What another rule reports better is left to it. A rule about what this run does not have (a failure, an averaged
+    copy) finds nothing. Rules about a failure judge
     ``failed``, if given: the trace with what the step showed that failed.
     """
     findings: list[Finding] = []
@@ -38,7 +39,7 @@ def judge(
             findings.extend(rule(judged))
         elif missing in judged.unobserved:
             not_judged[rule.code] = judged.unobserved[missing]
-    return tuple(sorted(findings, key=lambda finding: (-finding.severity, finding.code))), not_judged
+    return tuple(sorted(told(findings), key=lambda finding: (-finding.severity, finding.code))), not_judged
 
 
 def reaching(findings: Iterable[Finding], severity: Severity | None) -> tuple[Finding, ...]:

@@ -101,5 +101,8 @@ def _fix(reason: str, *, elsewhere: bool) -> str | None:
             "detached."
         )
     if reason == "no-gradient":
-        return "Build the optimizer from the parameters that the loss depends on, or make the loss depend on these."
+        return (
+            "Call `scaler.step` for this optimizer only where the loss depends on its parameters, or make the loss "
+            "depend on them."
+        )
     return None

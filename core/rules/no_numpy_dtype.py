@@ -49,9 +49,12 @@ def no_numpy_dtype(trace: Trace) -> Iterator[Evidence]:
 
 def _fix(operation: FailedOperation) -> str | None:
     tensors = [operand for operand in operation.operands if operand.device]
+    expression = operation.expression or ""
     if len(tensors) != 1:
-        return None
-    name, expression = tensors[0].name, operation.expression or ""
+        # The cast comes right before, so that what the line calls in between stays.
+        receiver = expression.removesuffix(".numpy()")
+        return f"Write `{receiver}.float().numpy()`." if receiver != expression else None
+    name = tensors[0].name
     if expression.startswith(f"{name}."):
         # What the line calls in between, `detach()` or `cpu()`, stays.
         return f"Write `{name}.float(){expression.removeprefix(name)}`."

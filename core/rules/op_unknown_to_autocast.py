@@ -54,5 +54,5 @@ def op_unknown_to_autocast(trace: Trace) -> Iterator[Evidence]:
         data=data_of(operation, "op-unknown-to-autocast"),
         severity=Severity.ERROR,
         fix=f"Cast before the call: {casts}." if casts else None,
-        told_by=told_by(operation),
+        told_by=told_by(operation) or ("AMP207" if isinstance(failure.facts, OpNotImplemented) else None),
     )

@@ -19,8 +19,8 @@ def optimizer_holds_other_parameters(trace: Trace) -> Iterator[Evidence]:
     What it does
         Compares, by identity, the parameters in the optimizers with those of the model. It is an error if no optimizer
         holds any of the model's, and a warning if a module was replaced after the optimizer was made: the optimizer
-        holds as many parameters of nearly the same shapes instead. Skips optimizers that keep float32 copies of
-        low-precision weights.
+        holds as many parameters of nearly the same shapes instead, or parameters that belong to nothing else. Skips
+        optimizers that keep float32 copies of low-precision weights.
 
     Why is this bad?
         The model never changes. Without a scaler nothing raises; with a scaler the first step fails with `No inf checks
@@ -73,7 +73,10 @@ def _replaced(trace: Trace, optimizers: list[OptimizerInfo], parameters: list[Te
     others = [shape for optimizer in optimizers for shape in optimizer.others]
     called = {call.module for call in trace.training.forward} if trace.training is not None else set()
     used = all(parameter.name.rpartition(".")[0] in called for parameter in missing)
-    if not missing or not used or not _alike([parameter.shape for parameter in missing], others):
+    # Copies in float32 of low-precision weights belong to nothing else either.
+    own = all(parameter.dtype not in LOW_PRECISION for parameter in missing)
+    gone = own and 0 < len(others) == sum(optimizer.orphans for optimizer in optimizers)
+    if not missing or not used or not (gone or _alike([parameter.shape for parameter in missing], others)):
         return
     names = [parameter.name for parameter in missing]
     yield Evidence(

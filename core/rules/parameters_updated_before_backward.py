@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._stale import cause, data_of, found_by_pytorch, passed_by_pytorch, sites_of
+from ampcheck.rules._stale import cause, data_of, detaching, found_by_pytorch, passed_by_pytorch, sites_of
 from ampcheck.rules._words import place, some
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import StaleTensor, Trace
@@ -57,16 +57,18 @@ def _evidence(trace: Trace, stale: tuple[StaleTensor, ...], *, silent: bool) -> 
     passed = " The step bypasses the version counter, so PyTorch says nothing." if silent else ""
     if write is None:
         return _unseen(trace, stale, names)
+    fix, edit = detaching(trace)
+    earlier = " of an earlier step" if fix else ""
     return Evidence(
-        f"The optimizer step{place(write.site)} changed {changed} between the forward pass that saved "
+        f"The optimizer step{place(write.site)} changed {changed} between the forward pass{earlier} that saved "
         f"{'it' if len(names) == 1 else 'them'}{place(first.save)} and its backward.{passed}",
         module=first.save.module if first.save else None,
         sites=sites_of(first),
         data={**data_of(first, others), "parameters": names},
-        fix=(
-            f"Run the backward pass before the step{place(write.site)}, or run the forward pass{place(first.save)} "
-            "again after it."
-        ),
+        fix=fix
+        or f"Run the backward pass before the step{place(write.site)}, or run the forward pass{place(first.save)} "
+        "again after it.",
+        edit=edit,
     )
 
 

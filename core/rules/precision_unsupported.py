@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ampcheck.rules._facts import in_force
 from ampcheck.rules.rule import Evidence, Severity, rule
@@ -46,18 +46,19 @@ def precision_unsupported(trace: Trace) -> Iterator[Evidence]:
         dtypes = [precision.effective_dtype or precision.dtype]
     else:
         dtypes = list(in_force(trace.training))
+    native = [dtype for dtype in ("bfloat16", "float16") if trace.environment.native.get((device_type, dtype))]
     for dtype in dtypes:
         if dtype and trace.environment.native.get((device_type, dtype)) is False:
             yield Evidence(
                 f"Training runs in {dtype}, but this {device_type} device does not support it natively: it is "
                 "emulated or missing.",
                 data={"device_type": device_type, "dtype": dtype},
-                fix=_fix(trace, device_type),
+                fix=_fix(native, device_type),
+                situation=next(iter(native), "float32"),
             )
 
 
-def _fix(trace: Trace, device_type: str) -> str:
-    native = [dtype for dtype in ("bfloat16", "float16") if trace.environment.native.get((device_type, dtype))]
+def _fix(native: Sequence[str], device_type: str) -> str:
     if not native:
         return f"Train in float32: this {device_type} device supports neither float16 nor bfloat16 natively."
     scaler = " with a gradient scaler" if native[0] == "float16" else ""

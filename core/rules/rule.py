@@ -41,7 +41,7 @@ class Evidence:
     """What a rule saw: a full sentence with the names and numbers, and where. ``data`` holds the facts behind it as
     JSON values. ``severity`` and ``fix`` replace the rule's own if this case is milder, worse or more specific;
     ``edit`` is the fix as an edited line. ``told_by`` is the code of a rule that reports the same better, if it is
-    judged too.
+    judged too. ``situation`` names the one of the rule's situations that this is: hosts may have a fix for it alone.
     """
 
     message: str
@@ -52,6 +52,7 @@ class Evidence:
     fix: str | None = None
     edit: Edit | None = None
     told_by: str | None = None
+    situation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Rule:
                 sites=evidence.sites,
                 evidence=evidence.data,
                 fix=shown(evidence.fix) if evidence.fix else self.fix,
-                host_fix=fixes.get(self.code),
+                host_fix=fixes.get(f"{self.code}:{evidence.situation}", fixes.get(self.code)) or None,
                 edit=evidence.edit,
                 told_by=evidence.told_by,
             )

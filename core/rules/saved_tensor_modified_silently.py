@@ -2,8 +2,8 @@ from collections.abc import Iterator
 
 from ampcheck.rules._stale import Remedy, cause, data_of, module_of, passed_by_pytorch, remedy, sites_of, what
 from ampcheck.rules._words import place, sentence
-from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import StaleTensor, Trace
+from ampcheck.rules.rule import Edit, Evidence, Severity, rule
+from ampcheck.trace import Site, StaleTensor, Trace
 
 _HOW = {
     "untracked": "through `.data` or another alias with its own version counter, so PyTorch does not notice",
@@ -80,5 +80,15 @@ def _remedy(trace: Trace, stale: StaleTensor) -> Remedy:
             "copy."
         )
     if stale.silent == "outside":
-        return Remedy("Give NumPy a copy: `x.detach().cpu().numpy().copy()`.")
+        return _copied_array(stale.shared)
     return remedy(trace, stale)
+
+
+def _copied_array(shared: Site | None) -> Remedy:
+    call = ".numpy()"
+    if shared is None or shared.code.count(call) != 1:
+        return Remedy(f"Give NumPy a copy{place(shared)}: `x.detach().cpu().numpy().copy()`.")
+    after = shared.code.replace(call, f"{call}.copy()")
+    return Remedy(
+        f"Give NumPy a copy: write `{after}` at {shared}.", Edit(shared.file, shared.line, shared.code, after)
+    )

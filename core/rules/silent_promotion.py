@@ -46,13 +46,15 @@ def silent_promotion(trace: Trace) -> Iterator[Evidence]:
             promoted.setdefault(name, call)
     if promoted:
         calls = list(dict.fromkeys(promoted.values()))
+        casts = all(call.autocast.enabled for call in calls)
         yield Evidence(
             f"{some(_spelled(name, call) for name, call in promoted.items())} turned low-precision activations back "
             "into float32.",
             module=calls[0].module if len(calls) == 1 else None,
             sites=places(call.site for call in calls),
-            severity=Severity.INFO if all(call.autocast.enabled for call in calls) else None,
+            severity=Severity.INFO if casts else None,
             data={"tensors": {name: {"op": call.op, "module": call.module} for name, call in promoted.items()}},
+            situation="autocast" if casts else None,
         )
 
 

@@ -70,6 +70,7 @@ def _autocast(training: StepTrace, evaluation: StepTrace, default: str | None) -
             f"{', which is the default here' if documented else ''}.",
             data={"training": train, "evaluation": test, "modules": modules},
             severity=Severity.INFO if documented else None,
+            situation="only-evaluation" if train == "float32" else "only-training" if test == "float32" else "dtype",
         )
 
 
@@ -100,4 +101,5 @@ def _copy(model: ModelInfo, copy: ModelInfo, default: str | None) -> Iterator[Ev
             f"evaluated copy: {some(names)}{', which is the default here' if documented else ''}.",
             data={"training": train, "evaluation": test, "tensors": names},
             severity=Severity.INFO if documented else None,
+            situation="copy",
         )

@@ -8,6 +8,7 @@ from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import (
     CustomFunctionViewModified,
     Failure,
+    InternalOverlap,
     LeafViewModified,
     MultiViewModified,
     NoGradViewModified,
@@ -31,7 +32,8 @@ def view_modified_in_place(trace: Trace) -> Iterator[Evidence]:
 
     What it does
         Names the line that writes, and the call that made the view: a view of a leaf, one of the several views that
-        `split`, `chunk` or `unbind` return at once, or a view made under `no_grad` or in a custom function.
+        `split`, `chunk` or `unbind` return at once, a view made under `no_grad` or in a custom function, or one that
+        `expand` made, in which elements share memory.
 
     Why is this bad?
         A write to a view is a write to its base. If autograd cannot give the base a new history, PyTorch refuses the
@@ -59,6 +61,8 @@ def view_modified_in_place(trace: Trace) -> Iterator[Evidence]:
     facts = failure.facts
     if isinstance(facts, ViewedBaseModified):
         yield _base_modified(trace, failure, facts)
+    elif isinstance(facts, InternalOverlap):
+        yield _overlapping(trace, failure, facts)
     elif isinstance(facts, (LeafViewModified, MultiViewModified, CustomFunctionViewModified, NoGradViewModified)):
         write = as_write(failure.sites[0]) if failure.sites else None
         view = _origin(trace, facts) if isinstance(facts, MultiViewModified) else None
@@ -106,6 +110,22 @@ def _base_modified(trace: Trace, failure: Failure, facts: ViewedBaseModified) ->
         fix=fix,
         edit=edit,
     )
+
+
+def _overlapping(trace: Trace, failure: Failure, facts: InternalOverlap) -> Evidence:
+    write = as_write(failure.sites[0]) if failure.sites else None
+    if facts.with_input:
+        message = f"The write{place(write)} reads memory that it also writes to, through another view."
+        fix, edit = Remedy(
+            f"Read from a copy{place(write)}: `.clone()` the operand that shares memory with the target."
+        )
+    else:
+        message = (
+            f"A view in which several elements are the same memory, such as `expand` makes, was modified in place"
+            f"{place(write)}."
+        )
+        fix, edit = without_write(trace, write) if write else Remedy()
+    return Evidence(message, module=failure.module, sites=places((write,)), fix=fix, edit=edit)
 
 
 def _data(facts: ViewFailure) -> dict[str, Any]:

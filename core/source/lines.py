@@ -17,6 +17,7 @@ from typing import Any
 
 from ampcheck.source.printable import shown
 from ampcheck.trace import Role, Site
+from ampcheck.trace.site import cell_of
 
 LISTENING = "<frozen importlib._bootstrap>"
 """The file given to our frames between PyTorch's: Python skips it in counting up to the line that a warning names.
@@ -43,6 +44,12 @@ def _library_roots() -> tuple[str, ...]:
 def is_ours(file: str) -> bool:
     """Whether ``file`` belongs to AmpCheck, or stands for a call that it listens to."""
     return file == LISTENING or file.startswith(_our_roots())
+
+
+@functools.cache
+def starts_step(file: str) -> bool:
+    """Whether ``file`` is AmpCheck's own, and no call that it listens to: outside it is what started the step."""
+    return file != LISTENING and is_ours(file)
 
 
 @functools.cache
@@ -84,15 +91,29 @@ def callers(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def calling_site(role: Role = "call", *, depth: int = 1) -> Site | None:
-    """The innermost user frame of the running thread, else the innermost frame outside PyTorch."""
-    outside_torch: FrameType | None = None
-    for frame in callers(sys._getframe(depth)):
+    """The innermost user frame of the running thread, else the innermost frame outside PyTorch and outside the host.
+
+    Where AmpCheck watches a host's step, the line that started the host is none of the step's.
+    """
+    libraries: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
         file = frame.f_code.co_filename
         if not is_library(file):
             return _site_of_frame(frame, frame.f_lineno, role)
-        if outside_torch is None and not is_torch(file):
-            outside_torch = frame
-    return _site_of_frame(outside_torch, outside_torch.f_lineno, role) if outside_torch else None
+        if starts_step(file):
+            if libraries:
+                break
+        elif not is_torch(file):
+            libraries.append(frame)
+        frame = frame.f_back
+    host = _package(libraries[-1]) if libraries else None
+    nearest = next((one for one in libraries if _package(one) != host), next(iter(libraries), None))
+    return _site_of_frame(nearest, nearest.f_lineno, role) if nearest is not None else None
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def region_site(*, depth: int = 1) -> Site | None:
@@ -131,7 +152,10 @@ def entered_by_user(*, depth: int = 1) -> bool:
 
 
 def short_path(file: str) -> str:
-    """``file`` relative to the working directory, if that is shorter."""
+    """``file`` relative to the working directory, if that is shorter; a notebook's cell by its number."""
+    cell = cell_of(file)
+    if cell is not None:
+        return cell
     try:
         relative = os.path.relpath(file)
     except ValueError:

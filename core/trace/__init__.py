@@ -43,7 +43,7 @@ from ampcheck.trace.dtype_failures import (
     UnsafeLoss,
 )
 from ampcheck.trace.failure import Facts, Failure, described
-from ampcheck.trace.graph import GraphTrace, Silent, StaleTensor, UncheckedSave, Write, Writer
+from ampcheck.trace.graph import Carried, GraphTrace, Silent, StaleTensor, UncheckedSave, Write, Writer
 from ampcheck.trace.model import (
     Environment,
     Host,
@@ -94,6 +94,7 @@ __all__ = [
     "BackwardHookView",
     "BakedConstant",
     "CapturedCasts",
+    "Carried",
     "Cause",
     "Comparison",
     "CustomFunction",

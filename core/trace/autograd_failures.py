@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ampcheck.trace.site import Site
+
 
 @dataclass(frozen=True)
 class SavedTensorModified:
@@ -64,9 +66,16 @@ class BackwardHookView(ViewFailure):
 
 @dataclass(frozen=True)
 class InferenceTensor:
-    """Autograd was asked to save, modify or track a tensor made under ``inference_mode``."""
+    """Autograd was asked to save, modify or track a tensor made under ``inference_mode``.
+
+    ``name`` is the parameter or buffer that it is, or the expression that holds it in the failing line, ``made`` the
+    line that put it there, if there is one.
+    """
 
     use: Literal["saved", "written", "leaf"]
+    name: str | None = None
+    stored: bool = False
+    made: Site | None = None
 
 
 @dataclass(frozen=True)
@@ -83,4 +92,6 @@ class NoGraph:
 
 @dataclass(frozen=True)
 class InternalOverlap:
-    """A write to elements that share memory with each other, or with the input that the op reads."""
+    """A write to elements that share memory with each other or, ``with_input``, with what the op reads."""
+
+    with_input: bool = False

@@ -90,7 +90,7 @@ class SourceRegion:
 @dataclass(frozen=True)
 class CustomFunction:
     """A custom ``autograd.Function``. ``method`` is the one that failed, ``module`` the module whose tensors it works
-    on, if the frames tell."""
+    on, if the frames tell. ``library``: it is installed code."""
 
     name: str
     method: Literal["forward", "backward"] | None = None
@@ -101,6 +101,7 @@ class CustomFunction:
     setup_context: bool = False
     device_types: tuple[str, ...] = ()
     module: str | None = None
+    library: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ampcheck.trace.site import Site
 
@@ -34,7 +34,8 @@ class StaleTensor:
     ``name`` that of the parameter or buffer, if it is one. ``writes`` are those since the save, earliest first; none if
     the write was not seen. ``silent`` says why PyTorch's own check passed it: ``"untracked"``, the write bypassed the
     version counter; ``"hooks"``, saved-tensor hooks; ``"outside"``, the content changed without a PyTorch op;
-    ``"unmarked"``, a custom function wrote to its input without ``mark_dirty``. ``None``: PyTorch found it.
+    ``"unmarked"``, a custom function wrote to its input without ``mark_dirty``. ``None``: PyTorch found it. ``shared``
+    is the call that gave the memory to NumPy, if ``"outside"``.
     """
 
     node: str
@@ -50,6 +51,7 @@ class StaleTensor:
     name: str | None = None
     buffer: bool = False
     silent: Silent | None = None
+    shared: Site | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class UncheckedSave:
     hooks: Site | None
 
 
+class Carried(NamedTuple):
+    """A variable by which a step takes over a graph from the one before: the statement that would detach it, and the
+    line of the step to put it after."""
+
+    detached: str
+    after: Site
+
+
 @dataclass(frozen=True)
 class GraphTrace:
     """What the write probe saw of the autograd graph. The first of ``stale`` is the one that backward met first.
@@ -70,7 +80,9 @@ class GraphTrace:
     made tensors under ``inference_mode``, ``backwards`` the backward passes begun, and ``cut`` the calls after which
     the failing loss has no graph: each the site of the call, the latest last. ``hooked`` names the modules with full
     backward hooks, and ``replay`` says how a replay of the failing batch went, if there was one. ``written_views`` are
-    those of ``views`` whose base was modified later, each with the writes.
+    those of ``views`` whose base was modified later, each with the writes. ``carried``, if not ``None``: the step was
+    replayed together with the one before it, from which it takes over a graph, by these variables as far as they are
+    known.
     """
 
     stale: tuple[StaleTensor, ...] = ()
@@ -82,3 +94,4 @@ class GraphTrace:
     hooked: tuple[str, ...] = ()
     replay: str | None = None
     written_views: tuple[tuple[Site, tuple[Site, ...]], ...] = ()
+    carried: tuple[Carried, ...] | None = None

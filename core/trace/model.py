@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Host:
-    """The framework that owns the training loop, and the fixes in its own words, by rule code."""
+    """The framework that owns the training loop, and the fixes in its own words, by rule code.
+
+    A fix for one situation of a rule comes under ``"AMP105:only-training"``; it may be empty.
+    """
 
     name: str
     version: str
@@ -31,7 +34,7 @@ class Environment:
 
 
 class TensorInfo(NamedTuple):
-    """A parameter or buffer, by its qualified name."""
+    """A parameter or buffer, by its qualified name. ``inference``: it was made under ``inference_mode``."""
 
     name: str
     dtype: str
@@ -39,6 +42,7 @@ class TensorInfo(NamedTuple):
     device_type: str
     requires_grad: bool = False
     buffer: bool = False
+    inference: bool = False
 
 
 class ModuleInfo(NamedTuple):
@@ -56,8 +60,9 @@ class OptimizerInfo:
 
     ``unscales``: it divides by the loss scale itself, as fused optimizers do, and takes float16 gradients. ``alike``:
     its parameters have the shapes of the model's trainable ones, like those of a copy. ``names`` are
-    those of its parameters that are the model's, ``others`` the shapes of the rest. ``eps_lost`` holds each ``eps``
-    that is 0 in the dtype of the group's parameters, with that dtype.
+    those of its parameters that are the model's, ``others`` the shapes of the rest, of which nothing but the optimizer
+    holds ``orphans``. ``eps_lost`` holds each ``eps`` that is 0 in the dtype of the group's parameters, with that
+    dtype.
     """
 
     type: str
@@ -68,6 +73,7 @@ class OptimizerInfo:
     alike: bool = True
     names: frozenset[str] = frozenset()
     others: tuple[tuple[int, ...], ...] = ()
+    orphans: int = 0
     eps_lost: tuple[tuple[float, str], ...] = ()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
@@ -122,7 +122,8 @@ _LATER = {"merge": lambda earlier, later: later}
 class StepTrace:
     """One watched phase. ``model`` is the walk over the evaluated model, if that is another object than the model that
     trains (an averaged or a half-precision copy). ``cache_cleared``: something called ``torch.clear_autocast_cache``
-    inside a region. ``complete`` is false if something was compiled, because then only the calls into it were seen."""
+    inside a region. ``complete`` is false if something was compiled, because then only the calls into it were seen.
+    ``called`` is where the modules of a step that failed were called."""
 
     calls: tuple[ModuleCall, ...] = field(default=(), metadata=_ADDED)
     regions: tuple[AutocastRegion, ...] = field(default=(), metadata=_ADDED)
@@ -134,6 +135,7 @@ class StepTrace:
     scaling: tuple[ScalerCall, ...] = field(default=(), metadata=_ADDED)
     updates: tuple[Updates, ...] = field(default=(), metadata=_ADDED)
     died_of: str | None = field(default=None, metadata=_LATER)
+    called: Mapping[str, Site] = field(default_factory=dict, metadata=_LATER)
 
     @functools.cached_property
     def forward(self) -> tuple[ModuleCall, ...]:

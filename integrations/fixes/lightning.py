@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+MANUAL_OPTIMIZATION: Mapping[str, str] = {
+    "AMP305": "Clip in `on_before_optimizer_step(optimizer)`, which Lightning calls after unscaling, in "
+    "`optimizer.step()`; under manual optimization `Trainer(gradient_clip_val=...)` raises.",
+}
+"""What holds instead under manual optimization."""
+
 FIXES: Mapping[str, str] = {
     "AMP101": "Remove `autocast(enabled=False)` from `training_step`, which `Trainer(precision='16-mixed')` and "
     "`'bf16-mixed'` run under autocast. A precision plugin of your own must enter autocast in `forward_context()`.",
@@ -17,7 +23,9 @@ FIXES: Mapping[str, str] = {
     "`predict_step` as well as `training_step`.",
     "AMP106": "Return the loss from `training_step`, and Lightning runs backward outside autocast. Under manual "
     "optimization, wrap `self.manual_backward(loss)` in `torch.autocast(self.device.type, enabled=False)`.",
-    "AMP107": "Set another `Trainer(precision=...)`: '16-mixed', 'bf16-mixed' or '32-true'.",
+    "AMP107:float16": "Set `Trainer(precision='16-mixed')`, or `'32-true'` to train in float32.",
+    "AMP107:bfloat16": "Set `Trainer(precision='bf16-mixed')`, or `'32-true'` to train in float32.",
+    "AMP107:float32": "Set `Trainer(precision='32-true')`.",
     "AMP108": "Use `Trainer(precision='16-mixed')`, which makes region and scaler itself. Pass a scaler of your own "
     "as `MixedPrecision('16-mixed', 'cuda', scaler=torch.amp.GradScaler('cuda'))`.",
     "AMP109": "Remove `autocast` from the module. If it has none, update Lightning: since 2.6 its own region does "
@@ -28,10 +36,13 @@ FIXES: Mapping[str, str] = {
     "AMP202": "Remove `.half()` and `.to(dtype)` from the module: `Trainer(precision=...)` converts the whole model "
     "or nothing.",
     "AMP203": "Autocast covers only `training_step` and the other `*_step` methods: call `.float()` where the module "
-    "turns it off, and run the code of other hooks inside `torch.autocast(self.device.type)`. Under "
-    "`Trainer(precision='bf16-true')` or `'16-true'` create tensors with `dtype=self.dtype`.",
+    "turns it off, and run the code of other hooks inside `torch.autocast(self.device.type)`.",
+    "AMP203:low-precision-parameter": "",
+    "AMP203:low-precision-model": "Under `Trainer(precision='bf16-true')` and `'16-true'` create tensors with "
+    "`dtype=self.dtype`, also in `validation_step`; Lightning converts only the batch.",
     "AMP204": "Cast batches in `on_before_batch_transfer()`, or ask for float64 with `Trainer(precision='64-true')`.",
     "AMP205": "Or run it without autocast, on operands of one dtype: `Trainer(precision='bf16-true')` or `'32-true'`.",
+    "AMP208:autocast": "",
     "AMP208": "Or set `Trainer(precision='bf16-true')`, which converts buffers and all parameters.",
     "AMP211": "Keep the model in float32 with `Trainer(precision='16-mixed')` or `'bf16-mixed'`: averaging callbacks "
     "copy its dtypes.",
@@ -42,6 +53,9 @@ FIXES: Mapping[str, str] = {
     "`Trainer(precision='bf16-true')`, which has no scaler.",
     "AMP305": "Set `Trainer(gradient_clip_val=...)`, or clip in `on_before_optimizer_step()`, which runs after "
     "unscaling.",
+    "AMP306": "Lightning unscales, steps and updates its scaler, `self.trainer.precision_plugin.scaler`, in "
+    "`optimizer.step()` (called for you under automatic optimization): leave `unscale_`, `step` and `update` to it, "
+    "and use unscaled gradients in `on_before_optimizer_step()`.",
     "AMP308": "Remove `fused=True` from the optimizer or `gradient_clip_val` from the trainer, or set "
     "`Trainer(precision='bf16-true')`.",
     "AMP309": "Build the optimizer from `self.parameters()` in `configure_optimizers()`, and build layers before "
@@ -54,8 +68,9 @@ FIXES: Mapping[str, str] = {
     "`on_train_batch_end()`.",
     "AMP405": "Under manual optimization, call every `self.manual_backward(...)` that uses a forward pass before "
     "`optimizer.step()`, or run that forward pass again after it; `toggle_optimizer()` does not change this.",
-    "AMP406": "Call `.clone()` in `training_step` on what `validation_step` made (Lightning evaluates in inference "
-    "mode), or set `Trainer(inference_mode=False)`.",
+    "AMP406:parameters": "",
+    "AMP406": "If `trainer.validate()`, `test()` or `predict()` made it, which run in inference mode (validation in "
+    "`fit()` does not), set `Trainer(inference_mode=False)`, or call `.clone()` on it in `training_step`.",
     "AMP407": "Set `Trainer(strategy=DDPStrategy(broadcast_buffers=False))`, or call the module once in "
     "`training_step`, on both batches together.",
     "AMP408": "Return a loss with its graph from `training_step`, and `.detach()` what you keep for the next batch. "

@@ -14,16 +14,26 @@ FIXES: Mapping[str, str] = {
     "and keep the model on that device.",
     "AMP104": "Set `dtype='float16'` or `dtype='bfloat16'` in `optim_wrapper`, whichever you want; without it "
     "`AmpOptimWrapper` takes the device's default.",
-    "AMP105": "Set `fp16=True` in `val_cfg` and `test_cfg` to evaluate under autocast too. It takes the device's "
-    "default dtype, whatever `optim_wrapper.dtype` is.",
+    "AMP105:only-training": "Set `fp16=True` in `val_cfg` and `test_cfg` to evaluate under autocast too. It takes the "
+    "device's default dtype, whatever `optim_wrapper.dtype` is.",
+    "AMP105:only-evaluation": "Remove `fp16=True` from `val_cfg` and `test_cfg`, or train under autocast too: "
+    "`optim_wrapper = dict(type='AmpOptimWrapper', ...)`.",
+    "AMP105:dtype": "Remove `fp16=True` from `val_cfg` and `test_cfg`, which takes the device's default dtype, or set "
+    "that dtype in `optim_wrapper`.",
     "AMP106": "Keep only the forward and the losses inside `with optim_wrapper.optim_context(self):`, and call "
     "`optim_wrapper.update_params(loss)` after it.",
-    "AMP107": "Set the other one of `dtype='float16'` and `dtype='bfloat16'` in `optim_wrapper`, or "
-    "`type='OptimWrapper'` to train in float32.",
+    "AMP107:float16": "Set `dtype='float16'` in `optim_wrapper`, or `type='OptimWrapper'` to train in float32.",
+    "AMP107:bfloat16": "Set `dtype='bfloat16'` in `optim_wrapper`, or `type='OptimWrapper'` to train in float32.",
+    "AMP107:float32": "Set `type='OptimWrapper'` in `optim_wrapper`.",
     "AMP108": "Use `mmengine.runner.autocast` in your own code, and the scaler of `AmpOptimWrapper`.",
     "AMP109": "Open your own region with `mmengine.runner.autocast(cache_enabled=False)`.",
     "AMP201": "Keep the model in float32 when you build the Runner, and let `optim_wrapper = "
     "dict(type='AmpOptimWrapper', dtype=...)` do the casting.",
+    "AMP203:evaluation": "Set `fp16=True` in `val_cfg` and `test_cfg` (they evaluate without autocast by default), or "
+    "cast in the model.",
+    "AMP203:low-precision-parameter": "",
+    "AMP203:low-precision-model": "Convert images and other inputs where the model is entered, `inputs.to(dtype)` in "
+    "`forward()`: MMEngine converts neither, and `data_preprocessor` passes float32.",
     "AMP203": "In your own `train_step`, compute inside `with optim_wrapper.optim_context(self):`, which is the only "
     "autocast there; inside `mmengine.runner.autocast(enabled=False)`, pass `.float()` inputs.",
     "AMP204": "Use `data_preprocessor = dict(type='ImgDataPreprocessor', ...)`, which passes image batches on as "
@@ -36,6 +46,10 @@ FIXES: Mapping[str, str] = {
     "`loss_scale=dict(enabled=False)`, which turns scaling off.",
     "AMP302": "Set `loss_scale=dict(enabled=False)` in `optim_wrapper`: `AmpOptimWrapper` always makes a scaler, and "
     "this switches it off.",
+    "AMP305": "Set `clip_grad=dict(max_norm=...)` in `optim_wrapper`, which clips after unscaling, and call "
+    "`optim_wrapper.update_params(loss)`.",
+    "AMP306": "Leave `unscale_`, `step` and `update` to `optim_wrapper.step()`; the scaler is "
+    "`optim_wrapper.loss_scaler`. Clip by `clip_grad=dict(max_norm=...)` in `optim_wrapper`.",
     "AMP309": "Pass `optim_wrapper` as a config, `dict(type=..., optimizer=dict(...))`: the Runner then builds the "
     "optimizer from the model that it trains.",
     "AMP401": "If an activation writes, set `inplace=False` in the `act_cfg` of its block: "

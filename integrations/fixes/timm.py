@@ -20,19 +20,26 @@ FIXES: Mapping[str, str] = {
     "AMP103": "Use the model's device for the region: `partial(torch.autocast, device_type=device.type, ...)`, with "
     "the `device` of `--device`.",
     "AMP104": "Pass the dtype of `--amp-dtype` to the region: `partial(torch.autocast, ..., dtype=amp_dtype)`.",
+    "AMP105:only-evaluation": "Pass the `amp_autocast` of `validate(...)` to `train_one_epoch(...)` too, and compute "
+    "model and loss inside `with amp_autocast():`, or pass it to neither.",
     "AMP105": "Pass the `amp_autocast` (and the `model_dtype`) of `train_one_epoch(...)` to every `validate(...)`, the "
     "averaged model's too.",
     "AMP106": "End `with amp_autocast():` before `loss_scaler(loss, optimizer, ...)` or `loss.backward()`: "
     "`NativeScaler` runs backward when it is called.",
-    "AMP107": "Pass `--amp-dtype float16` or `--amp-dtype bfloat16`, whichever is native here, or drop `--amp`.",
+    "AMP107:float16": "Pass `--amp-dtype float16`, or drop `--amp`.",
+    "AMP107:bfloat16": "Pass `--amp-dtype bfloat16`, or drop `--amp`.",
+    "AMP107:float32": "Drop `--amp`.",
     "AMP108": "Write `partial(torch.autocast, device_type=device.type, dtype=amp_dtype)`"
     + ("; `NativeScaler(device=device.type)` makes a `torch.amp.GradScaler`." if _NAMES_DEVICE else "."),
     "AMP109": "Write `amp_autocast = partial(torch.autocast, ..., cache_enabled=False)`.",
     "AMP201": "Drop `--model-dtype` with `--amp`, and do not convert what `create_model` returns. For half-precision "
     "parameters drop `--amp` and pass `--model-dtype bfloat16`.",
     "AMP202": "Convert the whole model at once, with `--model-dtype` or `model.to(device=device, dtype=model_dtype)`.",
-    "AMP203": "In your own loop, do as `train_one_epoch` does: call model and loss inside `with amp_autocast():`, and "
-    "with `--model-dtype` convert the images too (`input.to(device=device, dtype=model_dtype)`).",
+    "AMP203": "In your own loop, do as `train_one_epoch` does: call model and loss inside `with amp_autocast():`.",
+    "AMP203:low-precision-parameter": "",
+    "AMP203:low-precision-model": "With `--model-dtype` convert the images too, `input.to(device=device, "
+    "dtype=model_dtype)`: pass `model_dtype` to every `train_one_epoch(...)` and `validate(...)`, the averaged "
+    "model's too.",
     "AMP204": "Pass `--model-dtype float32`, which converts the model and, in timm's loaders, the images.",
     "AMP205": "Or drop `--amp`, so that all operations get operands of one dtype.",
     "AMP210": "Pass `--bce-loss`, which uses `timm.loss.BinaryCrossEntropy` on logits.",
@@ -53,6 +60,7 @@ FIXES: Mapping[str, str] = {
     "AMP403": "Use `timm.layers.trunc_normal_` or another initializer of `timm.layers`: they write under `no_grad`.",
     "AMP405": "With several losses, add them up, or pass `need_update=False` for all but the last: `NativeScaler` runs "
     "backward and `optimizer.step()` when it is called.",
+    "AMP406:parameters": "",
     "AMP406": "Do not train on tensors from timm's `validate`, which runs under `torch.inference_mode()`. Compute the "
     "features of a frozen `create_model(...)` under `torch.no_grad()`, as timm's distillation tasks do for the "
     "teacher.",

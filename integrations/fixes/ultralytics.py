@@ -29,13 +29,21 @@ FIXES: Mapping[str, str] = {
     "AMP104": "Set the dtype by name: `amp='bf16'` or `amp='fp16'`."
     if _NAMES_DTYPES
     else "Use `amp=True`, which takes torch's default for the device: this version has no setting for the dtype.",
+    "AMP105:only-evaluation": "Remove what turns autocast off in training, or set `amp=False` to validate in float32 "
+    "too.",
+    "AMP105:copy": "Do not convert the model that trains: Ultralytics validates its averaged copy in float32.",
     "AMP105": "Set `amp=False` to train and validate in float32. With AMP on, Ultralytics validates in torch's default "
     "autocast dtype for the device (float16 on " + ("CUDA, also with `amp='bf16'`)." if _NAMES_DTYPES else "CUDA)."),
-    "AMP107": "Train with `amp=False`" + (" or, on a GPU, with `amp='fp16'`." if _NAMES_DTYPES else "."),
+    "AMP107": "Train with `amp=False`.",
+    "AMP107:float16": "Train with `amp='fp16'`, or with `amp=False`." if _NAMES_DTYPES else "Train with `amp=False`.",
+    "AMP107:bfloat16": "Train with `amp='bf16'`, or with `amp=False`." if _NAMES_DTYPES else "Train with `amp=False`.",
     "AMP108": "If the line is Ultralytics' own, update Ultralytics.",
     "AMP201": "Do not call `.half()` on the model that trains. `YOLO('last.pt')` loads a checkpoint, which is saved in "
     "float16, as float32.",
     "AMP202": "Load weights with `YOLO('last.pt')` or `model.load('last.pt')`: both convert checkpoints to float32.",
+    "AMP203:low-precision-parameter": "",
+    "AMP203:low-precision-model": "Do not call `.half()` or `.to(dtype)` on the model or on a layer: Ultralytics "
+    "gives it float32 images, also with `amp=False`.",
     "AMP203": "Set `amp=False` to run model and loss in float32; otherwise both run in the trainer's autocast region.",
     "AMP205": "Or train with `amp=False`, so that your own modules get only float32.",
     "AMP211": "Do not call `.half()` on the model or on `trainer.ema.ema`, which Ultralytics makes in float32 from a "
@@ -44,6 +52,8 @@ FIXES: Mapping[str, str] = {
     + (", or train with `amp='bf16'`, which needs none." if _NAMES_DTYPES else "."),
     "AMP302": "Do not replace `trainer.scaler` in a callback or your own trainer: "
     + ("`amp='bf16'` switches it off." if _NAMES_DTYPES else "`amp=False` switches it off."),
+    "AMP306": "Leave `unscale_`, `step` and `update` of `trainer.scaler` to `trainer.optimizer_step()`, which also "
+    "clips: override that method whole, or none of it.",
     "AMP309": "Build the optimizer in `trainer.build_optimizer(model, ...)` from the `model` that it gets.",
     "AMP401": "Do not write to the input in your own module: a layer of the yaml passes the same tensor to every layer "
     "that names it in its `from`. For dropout in a classification model use an `nn.Dropout()`: `dropout=` sets its "
@@ -53,6 +63,7 @@ FIXES: Mapping[str, str] = {
     "AMP404": "Do not write to the input in your own block: inside `C2f` and similar modules it is a `chunk` view.",
     "AMP405": "Leave the step to `trainer.optimizer_step()`, which runs after backward. Step an optimizer of your own "
     "in the event `on_train_batch_end`.",
+    "AMP406:parameters": "",
     "AMP406": "When `self.training`, make anew or `.clone()` what your own module keeps from validation and prediction "
     "(a cached grid, say): they run under `torch.inference_mode()`.",
     "AMP408": "Return the first value of `model.loss(batch)` with its graph, and detach only the second: Ultralytics "

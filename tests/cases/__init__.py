@@ -7,8 +7,12 @@ Lines it must be blamed for end in a marker comment such as ``# <- raise``.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +47,9 @@ class Guard(Protocol):
 
     def host(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The same around the training loop of a host, whose adapter sees to the rest."""
+
+    def script(self) -> AbstractContextManager[Any]:
+        """The same around a whole script, which no host runs."""
 
     def export(self) -> AbstractContextManager[Callable[..., None]]:
         """The same around an export; gives a function that compares it: ``compare(model, exported, inputs)``."""
@@ -94,6 +101,52 @@ class Case:
         if not found:
             text = Path(self.file).read_text(encoding="utf-8").splitlines()
             found = [i for i, line in enumerate(text, 1) if line.rstrip().endswith(f"# <- {self.id}: {marker}")]
+        assert len(found) == 1, f"{self.id}: {len(found)} lines are marked {marker!r}"
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Script(Case):
+    """A whole script, as people write them, in a file of its own.
+
+    Its twin is in it, too: without each line that a comment ``# -`` follows, and with the lines after ``# +``.
+    """
+
+    path: Path = Path()
+
+    def run(self, guard: Guard, *, repaired: int = 0) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path = self.path
+            if repaired:
+                path = Path(directory, self.path.name)
+                path.write_text("\n".join(self._repaired()), encoding="utf-8")
+            name = f"script_{self.path.stem}"
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            try:
+                with guard.script():
+                    spec.loader.exec_module(module)
+            finally:
+                del sys.modules[name]
+
+    def _repaired(self) -> Iterator[str]:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        for line, following in zip(lines, [*lines[1:], ""], strict=True):
+            indent, mark, code = re.fullmatch(r"(\s*)(# [-+](?= |$) ?)?(.*)", line).groups()  # type: ignore[union-attr]
+            if mark is None and following.strip() != "# -":
+                yield line
+            elif mark is not None and "+" in mark:
+                yield indent + code
+
+    @property
+    def file(self) -> str:
+        return str(self.path)
+
+    def line(self, marker: str) -> int:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        found = [i for i, line in enumerate(lines, 1) if marker in line.partition("# <- ")[2].split(", ")]
         assert len(found) == 1, f"{self.id}: {len(found)} lines are marked {marker!r}"
         return found[0]
 

@@ -270,11 +270,10 @@ def half_model_float_indices(guard: Guard, repaired: int) -> None:
 
 @case(
     "checkpoint-function",
-    "AMP203",
+    "AMP205",
     source=("https://github.com/Janspiry/Palette-Image-to-Image-Diffusion-Models/issues/40",),
     module="block",
     reason="custom-function",
-    also=("AMP205",),
     operands={"block.weight": "float32", "block.bias": "float32", "x": "bfloat16"},
 )
 def checkpoint_function(guard: Guard, repaired: int) -> None:
@@ -355,11 +354,10 @@ def recompute_in_a_hook(guard: Guard, repaired: int) -> None:
 
 @case(
     "bare-custom-fwd",
-    "AMP203",
+    "AMP205",
     source=("https://github.com/pytorch/pytorch/issues/47906",),
     module="align",
     reason="custom-function",
-    also=("AMP205",),
     operands={"features": "bfloat16", "rois": "float32"},
     evidence={"function": "RoIAlign"},
 )
@@ -401,11 +399,10 @@ def bare_custom_fwd(guard: Guard, repaired: int) -> None:
 
 @case(
     "custom-loss-function",
-    "AMP203",
+    "AMP205",
     source=("https://github.com/open-mmlab/OpenPCDet/pull/1247",),
     module="",
     reason="custom-function",
-    also=("AMP205",),
     operands={"predictions": "bfloat16", "targets": "float32"},
 )
 def custom_loss_function(guard: Guard, repaired: int) -> None:
@@ -689,11 +686,10 @@ def sampling_outside_autocast(guard: Guard, repaired: int) -> None:
 
 @case(
     "wavelet-filters-in-a-function",
-    "AMP203",
+    "AMP205",
     source=("https://github.com/ultralytics/yolov5/issues/12903",),
     module="down.dwt",
     reason="custom-function",
-    also=("AMP205",),
     operands={"x": "bfloat16", "filters": "float32"},
 )
 def wavelet_filters_in_a_function(guard: Guard, repaired: int) -> None:
@@ -833,7 +829,7 @@ def another_thread(guard: Guard, repaired: int) -> None:
 
 @case(
     "extension-op-in-half",
-    "AMP207",
+    "AMP205",
     source=(
         "https://github.com/open-mmlab/mmcv/issues/2011",
         "https://github.com/IDEA-Research/DINO/issues/59",
@@ -843,7 +839,6 @@ def another_thread(guard: Guard, repaired: int) -> None:
     ),
     module="deform",
     reason="custom-function",
-    also=("AMP205", "AMP206"),
     needs=("torchvision",),
     operands={"x": "bfloat16", "offset": "bfloat16", "weight": "bfloat16", "mask": "bfloat16", "bias": "bfloat16"},
     evidence={"op": "torchvision::deform_conv2d", "function": "DeformConv"},
@@ -891,10 +886,9 @@ def extension_op_in_half(guard: Guard, repaired: int) -> None:
 
 @case(
     "op-unknown-to-autocast",
-    "AMP203",
+    "AMP206",
     module="",
     reason="op-unknown-to-autocast",
-    also=("AMP206",),
     needs=("torchvision",),
     evidence={"op": "torchvision::deform_conv2d", "autocast_rule": False},
     operands={"features": "float16", "offset": "float32", "weight": "float32", "mask": "float16", "bias": "float16"},
@@ -1126,3 +1120,123 @@ def low_precision_boxes_in_a_float_matcher(guard: Guard, repaired: int) -> None:
     model = Detr()
     with guard(model):
         train(model, lambda: model(rows()))
+
+
+@case(
+    "positions-from-numpy",
+    "AMP203",
+    module="encoder",
+    reason="autocast-never-entered",
+    operands={"x": "float64", "encoder.weight": "float32", "encoder.bias": "float32"},
+    marks={"raise": "raise", "cast": "made"},
+)
+def positions_from_numpy(guard: Guard, repaired: int) -> None:
+    """A float64 buffer promotes what follows it, and no autocast would change that."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.encoder = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.register_buffer("positions", torch.linspace(0, 1, 4, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x) + self.positions  # <- made
+            return self.encoder(x.float() if repaired else x)  # <- raise
+
+    model = Net()
+    with guard(model):
+        train(model, lambda: model(rows()))
+
+
+@case(
+    "bfloat16-predictions-to-numpy",
+    "AMP212",
+    module="",
+    operands={"the tensor": "bfloat16"},
+    evidence={"expression": "output.detach().softmax(-1).numpy()"},
+)
+def bfloat16_predictions_to_numpy(guard: Guard, repaired: int) -> None:
+    """What the line calls before `numpy()` has to stay."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output = self.fc(x)
+            if repaired:
+                self.highest = output.detach().softmax(-1).float().numpy()
+            else:
+                self.highest = output.detach().softmax(-1).numpy()  # <- raise
+            return output
+
+    model = Net()
+    with guard(model):
+        with torch.autocast("cpu", dtype=BF16):
+            output = model(rows())
+        train(model, lambda: output)
+
+
+@case(
+    "noise-in-a-model-of-low-precision",
+    "AMP203",
+    module="head",
+    reason="parameter-not-float32",
+    operands={"x + noise": "float32", "head.weight": "bfloat16", "head.bias": "bfloat16"},
+    remedies=2,
+)
+def noise_in_a_model_of_low_precision(guard: Guard, repaired: int) -> None:
+    """Nothing in it is to be cast to float32, and there is no autocast to keep parameters in float32 for."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.body(x)
+            noise = torch.zeros(4, 4, dtype=torch.bfloat16 if repaired == 2 else torch.float32)
+            if repaired:
+                return self.head((x + noise).to(torch.bfloat16))
+            return self.head(x + noise)  # <- raise
+
+    model = Net().to(BF16)
+    with guard(model):
+        train(model, lambda: model(rows().to(BF16)))
+
+
+@case(
+    "row-written-from-a-call",
+    "AMP209",
+    module="",
+    operands={"memory": "float32", "self.encode(x)": "bfloat16"},
+    marks={"raise": "raise", "cast": "made"},
+    remedies=2,
+)
+def row_written_from_a_call(guard: Guard, repaired: int) -> None:
+    """No variable holds the source of the write."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            index = torch.arange(4)
+            if repaired == 2:
+                memory = torch.zeros(8, 2, dtype=torch.bfloat16)
+                memory[index] = self.encode(x)
+                return memory
+            memory = torch.zeros(8, 2)  # <- made
+            if repaired:
+                memory[index] = self.encode(x).to(memory.dtype)
+            else:
+                memory[index] = self.encode(x)  # <- raise
+            return memory
+
+    model = Net()
+    with guard(model):
+        with torch.autocast("cpu", dtype=BF16):
+            output = model(rows())
+        train(model, lambda: output)

@@ -127,7 +127,6 @@ class RepairedHaar(Haar):
     source=("https://github.com/ultralytics/yolov5/issues/12903",),
     module="model.1",
     reason="custom-function",
-    also=("AMP203",),
     operands={"gradient": "bfloat16", "model.1.filters": "float32"},
 )
 def wavelets(guard: Guard, repaired: int) -> None:

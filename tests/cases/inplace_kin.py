@@ -105,6 +105,26 @@ def view_made_without_grad(guard: Guard, repaired: int) -> None:
         base.sum().backward()
 
 
+@case("write-to-an-expanded-view", "AMP404", module="", marks=WRITE)
+def write_to_an_expanded_view(guard: Guard, repaired: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("mask", torch.ones(1, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mask = self.mask.expand(len(x), -1)
+            if repaired:
+                mask = mask.clone()
+            mask[:, 0] *= 2  # <- write
+            return self.fc(x) * mask
+
+    model = Net()
+    with guard(model):
+        model(rows()).sum().backward()
+
+
 @case(
     "frozen-backbone-in-inference-mode",
     "AMP406",

@@ -66,7 +66,7 @@ def alias_with_its_own_version(guard: Guard, repaired: int) -> None:
     "numpy-array",
     "AMP402",
     module="",
-    marks={"save": "save"},
+    marks={"save": "save", "call": "shared"},
     crashes=False,
     evidence={"how": "outside"},
     needs=("numpy",),
@@ -79,7 +79,7 @@ def numpy_array(guard: Guard, repaired: int) -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             hidden = self.fc(x).tanh()  # <- save
-            array = hidden.detach().numpy()
+            array = hidden.detach().numpy()  # <- shared
             if repaired:
                 array = array.copy()
             array[0] = 3

@@ -370,3 +370,45 @@ def one_loss_unscaled(guard: Guard, repaired: int) -> None:
         (scaler.scale(penalty) if repaired else penalty).backward()  # <- backward
         scaler.step(optimizer)
         scaler.update()
+
+
+@case(
+    "critic-without-a-loss-yet",
+    "AMP304",
+    evidence={"reason": "no-gradient", "optimized": 2, "gradients_elsewhere": 4},
+    remedies=2,
+)
+def critic_without_a_loss_yet(guard: Guard, repaired: int) -> None:
+    """Another network than the one that trains, which no optimizer was meant to hold."""
+    model, critic = Net(), nn.Linear(2, 1)
+    trained, waiting = sgd(model.parameters()), sgd(critic.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    with guard(model, optimizers=(trained, waiting), scaler=scaler):
+        loss = loss_of(model)
+        if repaired == 2:
+            loss = loss + critic(model(rows())).mean()
+        scaler.scale(loss).backward()
+        scaler.step(trained)
+        if repaired != 1:
+            scaler.step(waiting)  # <- raise
+        scaler.update()
+
+
+@case(
+    "device-type-for-a-scaler",
+    "AMP312",
+    evidence={"argument": "device_type"},
+    trains=True,
+)
+def device_type_for_a_scaler(guard: Guard, repaired: int) -> None:
+    """The device that was asked for stays."""
+    model = Net()
+    optimizer = sgd(model.parameters())
+    with guard(model, optimizers=(optimizer,)):
+        if repaired:
+            scaler = torch.amp.GradScaler(device="cpu", init_scale=256.0)
+        else:
+            scaler = torch.amp.GradScaler(device_type="cpu", init_scale=256.0)  # type: ignore[call-arg]  # <- raise
+        scaler.scale(loss_of(model)).backward()
+        scaler.step(optimizer)
+        scaler.update()

@@ -313,6 +313,24 @@ def a_view_of_it(model: Net) -> None:
         optimizer.step()
 
 
+@program
+def a_write_by_what_is_given_no_tensor(model: Net) -> None:
+    class Averager:
+        @torch.no_grad()
+        def pull(self, decay: float) -> None:
+            model.head.weight.mul_(decay)  # <- write
+
+    optimizer, averager = sgd(model), Averager()
+    for i, x in enumerate(ROWS):
+        hidden = torch.relu(model.body(x)).square()
+        loss = torch.mm(hidden, model.head.weight).mean()  # <- save
+        if i >= FROM:
+            averager.pull(0.9)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def marked(function: Callable[..., None], mark: str) -> int:
     lines, first = inspect.getsourcelines(function)
     found = [first + i for i, text in enumerate(lines) if text.rstrip().endswith(f"# <- {mark}")]
@@ -352,3 +370,91 @@ def test_a_loop_that_a_library_runs_is_not_run_again(tmp_path: Path, monkeypatch
         hosting.fit(model, ROWS)
     assert hosting.fits == [1]
     assert "AMP401" in caught.value.__notes__[0]
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[ampcheck.watch]:
+    with pytest.raises(RuntimeError), ampcheck.watch(None, watch_steps=0, report=False, emit=[].append) as watch:
+        yield watch
+
+
+def only_finding(watch: ampcheck.watch) -> ampcheck.Finding:
+    assert watch.report is not None
+    (finding,) = watch.report.findings
+    return finding
+
+
+CARRIED = {
+    "a tensor": ("state = cell(x, state)", "state = state.detach()"),
+    "a tensor that begins as None": (
+        "state = torch.zeros(4, 8) if state is None else state; state = cell(x, state)",
+        "state = state.detach()",
+    ),
+    "a tuple": (
+        "state = (cell(x, state[0] if i else torch.zeros(4, 8)), x)",
+        "state = tuple(one.detach() for one in state)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("retained", [True, False])
+def test_a_graph_that_the_step_before_left(name: str, retained: bool, tmp_path: Path) -> None:
+    """The edit that the finding prints makes the script run."""
+    forward, detached = CARRIED[name]
+    begun = "None" if "None" in name or "tuple" in name else "torch.zeros(4, 8)"
+    source = f"""
+import torch
+
+cell = torch.nn.GRUCell(8, 8)
+optimizer = torch.optim.SGD(cell.parameters(), 0.01)
+state = {begun}
+for i, x in enumerate(torch.randn(6, 4, 8)):
+    {forward}
+    loss = (state[0] if isinstance(state, tuple) else state).square().mean()
+    optimizer.zero_grad()
+    loss.backward(retain_graph={retained})
+    optimizer.step()
+    if i < {FROM}:
+        {detached}
+"""
+    file = tmp_path / "program.py"
+    file.write_text(source)
+    with watched() as watch:
+        exec(compile(source, str(file), "exec"), {"__name__": "program"})
+    finding = only_finding(watch)
+    assert finding.code == ("AMP405" if retained else "AMP408")
+    assert finding.edit is not None
+    assert finding.edit.after == f"loss.backward(retain_graph={retained})\n{detached}"
+    assert finding.tried is True
+    first, second = finding.edit.after.split("\n")
+    exec(compile(source.replace(first, f"{first}\n    {second}"), "repaired.py", "exec"), {})
+
+
+def test_what_an_object_carries_over_is_as_before_afterwards() -> None:
+    class Agent:
+        def __init__(self) -> None:
+            self.net, self.hidden, self.seen = nn.LSTM(8, 8), None, list[Tensor]()
+            self.optimizer = sgd(self.net)
+
+        def learn(self, x: Tensor) -> None:
+            y, self.hidden = self.net(x, self.hidden)
+            self.seen.append(y)
+            self.optimizer.zero_grad()
+            y.square().mean().backward()
+            self.optimizer.step()
+
+    agent = Agent()
+    kept: list[Any] = []
+    with watched() as watch:
+        for x in ROWS:
+            kept = [agent.hidden, agent.seen, list(agent.seen)]
+            agent.learn(x)
+    finding = only_finding(watch)
+    assert finding.code == "AMP408"
+    assert finding.fix.startswith("Detach what the step takes over")
+    hidden, seen, before = kept
+    assert agent.seen is seen
+    assert [id(one) for one in seen[:-1]] == [id(one) for one in before]
+    assert seen[-1].grad_fn is not None
+    assert agent.hidden is not hidden

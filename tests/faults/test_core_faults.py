@@ -30,7 +30,7 @@ PROBES = (AliasProbe, AutocastProbe, ExtensionOps, GraphProbe, ModuleProbe, Scal
 CONTAINS = {
     "observe/probes/aliases-data_property.assign",
     "observe/probes/aliases-data_property.get",
-    "observe/probes/aliases-_method.method",
+    "observe/probes/aliases-method_listened_to.method",
     "observe/probes/aliases-AliasProbe._packing.packing",
     "observe/probes/aliases-AliasProbe._unpacking.unpacking",
     "observe/probes/aliases-_Alias.died",

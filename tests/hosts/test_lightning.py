@@ -912,5 +912,5 @@ def test_rank_that_dies_hangs_no_other(tmp_path: Path) -> None:
 
 
 def test_fixes_are_for_rules_that_exist() -> None:
-    assert FIXES.keys() <= {rule.code for rule in RULES}
-    assert all(text.endswith(".") for text in FIXES.values())
+    assert {code.partition(":")[0] for code in FIXES} <= {rule.code for rule in RULES}
+    assert all(text.endswith(".") for text in FIXES.values() if text)

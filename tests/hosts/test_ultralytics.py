@@ -154,15 +154,15 @@ def said(log: list[str]) -> list[str]:
     return [line for line in lines if line.startswith(("ampcheck  ", "error[", "warning[", "info["))]
 
 
-def test_amp_left_at_its_default_on_a_cpu_is_a_warning(train: Any, log: list[str]) -> None:
+def test_amp_left_at_its_default_on_a_cpu_is_information(train: Any, log: list[str]) -> None:
     checker = on_any_cpu()
     model = train(AmpCheck(checker=checker).attach)
     finding = only(checker)
-    assert (finding.code, finding.severity) == ("AMP101", Severity.WARNING)
+    assert (finding.code, finding.severity) == ("AMP101", Severity.INFO)
     assert "Ultralytics' default amp=True" in finding.message
     assert finding.host_fix == FIXES["AMP101"]
     assert "`amp=False`" in FIXES["AMP101"]
-    assert any(line.startswith("warning[AMP101] autocast-not-active") for line in said(log))
+    assert any(line.startswith("info[AMP101] autocast-not-active") for line in said(log))
     written = json.loads((model.trainer.save_dir / "ampcheck.json").read_text())
     assert written["host"]["name"] == "ultralytics"
     assert [finding["code"] for finding in written["findings"]] == ["AMP101"]
@@ -645,7 +645,7 @@ def test_the_yolo_command(command: Any, tmp_path: Path) -> None:
     done = command()
     assert done.returncode == 0, done.stderr
     assert "ampcheck  watched training step" in done.stdout
-    assert "warning[AMP101]" in done.stdout
+    assert "info[AMP101]" in done.stdout
     assert (tmp_path / "runs/run/weights/last.pt").exists()
     assert json.loads((tmp_path / "runs/run/ampcheck.json").read_text())["host"]["name"] == "ultralytics"
 

@@ -82,9 +82,9 @@ class TestAutocastNotActive:
         assert "Autocast was entered with enabled=False for cuda at train.py:12." in finding.message
         assert finding.sites == (site(),)
 
-    def test_a_default_that_nobody_chose_is_a_warning(self):
+    def test_a_default_that_nobody_chose_is_information(self):
         precision = dataclasses.replace(FP16, explicit=False)
-        assert found(trace(precision=precision, training=off(), evaluation=None)) == {"AMP101": WARNING}
+        assert found(trace(precision=precision, training=off(), evaluation=None)) == {"AMP101": INFO}
 
     def test_enabled_scaler_asks_where_nothing_is_declared(self):
         assert found(trace(precision=UNDECLARED, training=off(), evaluation=None)) == {"AMP101": ERROR}

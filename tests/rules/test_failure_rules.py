@@ -22,10 +22,14 @@ from rules.failures import (
 )
 from rules.traces import ERROR, INFO, call, findings, found, model, only, region, step, trace
 
+from ampcheck.precision import Precision
+from ampcheck.rules import RULES
+from ampcheck.rules.judging import judge
 from ampcheck.rules.rule import Edit, Finding, told
 from ampcheck.trace import (
     AutocastCall,
     BackwardHookView,
+    Carried,
     CustomFunction,
     CustomFunctionState,
     CustomFunctionViewModified,
@@ -36,6 +40,7 @@ from ampcheck.trace import (
     FusedOptimizerClipping,
     GraphFreed,
     GraphTrace,
+    Host,
     InferenceTensor,
     InPlaceDtype,
     InternalOverlap,
@@ -43,6 +48,7 @@ from ampcheck.trace import (
     LeafViewModified,
     LowPrecisionGradients,
     MissingGradients,
+    ModelInfo,
     MultiViewModified,
     NoGradViewModified,
     NoGraph,
@@ -56,6 +62,7 @@ from ampcheck.trace import (
     ScalerOrder,
     ScalerWithoutBfloat16,
     SourceRegion,
+    TensorInfo,
     Trace,
     UnsafeLoss,
     ValueRejected,
@@ -88,8 +95,8 @@ CODES: dict[type, str | None] = {
     InferenceTensor: "AMP406",
     GraphFreed: "AMP408",
     NoGraph: "AMP408",
-    InternalOverlap: None,
     ValueRejected: None,
+    InternalOverlap: "AMP404",
 }
 """The rule that tells of each kind of failure. Some are told by what the model and the step show."""
 
@@ -718,6 +725,19 @@ class TestViewModified:
         )
         assert [(site.line, site.role) for site in finding.sites] == [(12, "write"), (8, "call"), (30, "call")]
 
+    def test_elements_that_share_memory(self):
+        write = line(9, "m[:, 0] += 1", "raise")
+        finding = only(failed(InternalOverlap(), raised=write))
+        assert finding.message == (
+            "A view in which several elements are the same memory, such as `expand` makes, was modified in place at "
+            "net.py:9."
+        )
+        assert finding.edit is not None
+        assert finding.edit.after == "m = m.clone()\nm[:, 0] += 1"
+        finding = only(failed(InternalOverlap(with_input=True), raised=write))
+        assert finding.message == ("The write at net.py:9 reads memory that it also writes to, through another view.")
+        assert finding.edit is None
+
 
 class TestInferenceTensor:
     @pytest.mark.parametrize(
@@ -749,6 +769,17 @@ class TestGraphFreedOrDetached:
         )
         assert [site.line for site in finding.sites] == [30, 50]
 
+    def test_what_a_step_takes_over_is_to_be_detached(self):
+        graph = GraphTrace(
+            backwards=(line(50), line(50)), carried=(Carried("state = state.detach()", line(50, "loss.backward()")),)
+        )
+        finding = only(failed(GraphFreed(), phase="backward", graph=graph))
+        assert finding.fix == (
+            "Detach what the step takes over from the one before it: insert `state = state.detach()` after net.py:50."
+        )
+        assert finding.edit is not None
+        assert finding.edit.after == "loss.backward()\nstate = state.detach()"
+
     def test_names_the_call_that_cut_the_graph(self):
         graph = GraphTrace(cut=(line(44, "x.detach()", op="aten::detach"),))
         finding = only(failed(NoGraph(), phase="backward", graph=graph))
@@ -773,3 +804,60 @@ def test_backward_hook_names_the_modules():
         "module stem and the model itself."
     )
     assert finding.evidence == {"hooked": ["stem", ""]}
+
+
+class TestSituations:
+    """What a host advises for one situation of a rule."""
+
+    def _found(self, facts, fixes, **more):
+        crash = failed(facts, **more)
+        return findings(dataclasses.replace(crash, host=Host("host", "1.0", fixes)))
+
+    def test_a_model_in_low_precision(self):
+        weight = operand("head.weight", "bfloat16", 4, 4, stored="parameter")
+        facts = DtypeMismatch(operation(operand("x + noise", "float32", 2, 4), weight))
+        half = ModelInfo("Net", "cpu", (), (TensorInfo("head.weight", "bfloat16", (4, 4), "cpu", True),))
+        true = Precision("true", "cpu", "bfloat16")
+        fixes = {"AMP203": "Other.", "AMP203:low-precision-model": "Convert the images."}
+        (finding,) = self._found(facts, fixes, model=half, precision=true, scaler=None, training=None, evaluation=None)
+        assert finding.host_fix == "Convert the images."
+        assert "`(x + noise).to(torch.bfloat16)`" in finding.fix
+        assert "float32 and let autocast" not in finding.fix
+
+    def test_a_fix_may_be_empty_for_a_situation(self):
+        weight = operand("head.weight", "bfloat16", 4, 4, stored="parameter")
+        facts = DtypeMismatch(operation(operand("x", "float32", 2, 4), weight))
+        finding = next(f for f in self._found(facts, {"AMP203": "Other.", "AMP203:low-precision-parameter": ""}))
+        assert finding.host_fix is None
+
+
+class TestNamedInferenceTensor:
+    def test_names_what_holds_it_and_where_it_was_made(self):
+        made = line(12, "self.grid = make()", "cast")
+        finding = only(failed(InferenceTensor("saved", "self.grid", made=made)))
+        assert finding.message == (
+            "Autograd needs to save the tensor self.grid at net.py:30; it was made under `inference_mode` at net.py:12."
+        )
+        assert "`self.grid.clone()`" in finding.fix
+
+    def test_at_fit_start_only_parameters_that_an_optimizer_holds(self):
+        tensors = (TensorInfo("a", "float32", (2,), "cpu", True, False, True), TensorInfo("b", "float32", (2,), "cpu"))
+        model = ModelInfo("Net", "cpu", (), tensors)
+        held = OptimizerInfo("SGD", 1, 1, {"float32": 1}, names=frozenset({"a"}))
+        start = trace(model=model, optimizers=(held,), scaler=None, training=None, evaluation=None)
+        (finding,) = [finding for finding in findings(start) if finding.code == "AMP406"]
+        assert finding.message == "1 optimized parameter was made under `inference_mode`, and cannot be trained: a."
+        apart = dataclasses.replace(held, names=frozenset({"b"}))
+        assert "AMP406" not in found(trace(model=model, optimizers=(apart,), training=None, evaluation=None))
+
+
+def test_one_fault_is_one_finding():
+    crash = failed(DtypeMismatch(operation(custom=True, autocast_rule=False, op="lib::pool")))
+    judged, _ = judge(crash, RULES)
+    assert [finding.code for finding in judged if finding.severity is ERROR] == ["AMP206"]
+
+
+def test_operands_of_one_dtype_are_not_all_there_are():
+    facts = DtypeMismatch(operation(operand("x", "bfloat16", 2, 4), operand("y", "bfloat16", 2, 4)))
+    facts = dataclasses.replace(facts, operation=dataclasses.replace(facts.operation, dtypes=("bfloat16", "float32")))
+    assert "y is bfloat16[2, 4], another operand is float32" in among(failed(facts), "AMP203").message

@@ -131,8 +131,8 @@ class AliasProbe:
         self._thread = threading.get_ident()
         listening = self._listening
         listening.to_attribute(_TENSOR, "data", data_property, (self.aliased, self.assigned))
-        listening.to_attribute(_TENSOR, "numpy", _method, self.exported)
-        listening.to_attribute(_TENSOR, "set_", _method, self.aliased)
+        listening.to_attribute(_TENSOR, "numpy", method_listened_to, self.exported)
+        listening.to_attribute(_TENSOR, "set_", method_listened_to, self.aliased)
         listening.to(_TENSOR.__dlpack__, after=self.exported)
         listening.to(saved_tensors_hooks.__enter__, before=self._hooked)
         listening.to(saved_tensors_hooks.__exit__, after=self._unhooked)
@@ -337,7 +337,9 @@ def data_property(descriptor: Any, listeners: list[Any]) -> property:
     return property(get, assign, None, descriptor.__doc__)
 
 
-def _method(original: Any, listeners: list[Any]) -> Any:
+def method_listened_to(original: Any, listeners: list[Any]) -> Any:
+    """A method of tensors that then calls listeners with its result and the tensor."""
+
     @functools.wraps(original)
     def method(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         with own_frame_hidden:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ampcheck.source.lines import is_library, is_ours, is_torch, qualified_name, remember_source, site_of
+from ampcheck.source.lines import is_library, is_ours, is_torch, qualified_name, remember_source, site_of, starts_step
 from ampcheck.trace import Role, Site, Writer
 
-_USER, _LIBRARY, _PYTORCH, _OPTIMIZER, _DATA_PARALLEL, _SHARDING, _CHECKPOINT, _ENGINE = range(8)
+_USER, _LIBRARY, _PYTORCH, _OPTIMIZER, _DATA_PARALLEL, _SHARDING, _CHECKPOINT, _ENGINE, _START = range(9)
 _MARKED = {
     "/torch/distributed/fsdp/_": _SHARDING,
     "/torch/distributed/_composable/fsdp/": _SHARDING,
@@ -41,11 +41,11 @@ class CallSite(NamedTuple):
 
     def site(self, role: Role, **fields: Any) -> Site | None:
         """The user's line, or the library's if no frame is the user's."""
-        return _site(self.user or self.library, role, fields)
+        return site_at(self.user or self.library, role, fields)
 
     def library_site(self, role: Role, **fields: Any) -> Site | None:
         """The library's line that the user's line led to."""
-        return _site(self.library, role, fields) if self.user is not None else None
+        return site_at(self.library, role, fields) if self.user is not None else None
 
 
 class CallSites:
@@ -80,6 +80,9 @@ class CallSites:
                         break
                 else:
                     caller = frame
+                    break
+            elif kind == _START:
+                if library is not None or user is not None:
                     break
             elif user is not None:
                 pass
@@ -161,6 +164,8 @@ def _instruction_key(frame: FrameType | None) -> tuple[int, int]:
 
 
 def _kind(file: str) -> int:
+    if starts_step(file):
+        return _START
     if is_torch(file) or is_ours(file):
         normal = file.replace("\\", "/")
         return next((kind for part, kind in _MARKED.items() if part in normal), _PYTORCH)
@@ -172,7 +177,8 @@ def _is_function_forward(code: CodeType) -> bool:
     return code.co_name == "forward" and (code.co_argcount == 0 or code.co_varnames[0] != "self")
 
 
-def _site(instruction: Instruction | None, role: Role, fields: dict[str, Any]) -> Site | None:
+def site_at(instruction: Instruction | None, role: Role, fields: dict[str, Any]) -> Site | None:
+    """The line of an instruction."""
     if instruction is None:
         return None
     code, offset = instruction

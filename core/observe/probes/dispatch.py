@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ampcheck.observe.autograd import active_hooks
-from ampcheck.observe.probes.aliases import data_property
+from ampcheck.observe.probes.aliases import data_property, method_listened_to
 from ampcheck.observe.probes.call_sites import CallSite, CallSites
 from ampcheck.observe.probes.containment import bare, contained, own_frame_hidden
 from ampcheck.observe.probes.graph_log import Derived, GraphLog, GraphOp, Overwrite, op_name
@@ -118,6 +118,7 @@ class DispatchProbe(TorchDispatchMode):
         self._handles = [register_optimizer_step_pre_hook(self._before_step)]
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
         self._listening.to_attribute(torch.Tensor, "data", data_property, (None, self._assigns))
+        self._listening.to_attribute(torch.Tensor, "numpy", method_listened_to, self._exported)
         self._push()
         return self
 
@@ -216,6 +217,16 @@ class DispatchProbe(TorchDispatchMode):
             self.log.wrote(old, write)
             self.log.pin(new, value)
             self._reads.moved(old, new, write)
+
+    @contained
+    def _exported(self, array: Any, tensor: torch.Tensor) -> None:
+        """Note the call that shared the memory of ``tensor`` with NumPy."""
+        if threading.get_ident() == self._thread and type(tensor) in PLAIN:
+            with alone():
+                key = storage_key(tensor)
+                if key is not None:
+                    self.log.shared.setdefault(key, self._call_sites.find(sys._getframe(3)))
+                    self.log.pin(key, tensor)
 
     @contained
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -22,13 +22,14 @@ from torch import nn
 from ampcheck.observe.autograd import graph_behind
 from ampcheck.observe.probes.aliases import AliasProbe
 from ampcheck.observe.probes.autocast import AutocastProbe, autocast_state
+from ampcheck.observe.probes.call_sites import site_at
 from ampcheck.observe.probes.containment import contained
 from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modes import alone
 from ampcheck.observe.probes.modules import ModuleProbe
 from ampcheck.observe.walk import dtype_name, plain_name, tensor_names
 from ampcheck.precision import LOW_PRECISION
-from ampcheck.source.lines import callers, calling_site, is_library, qualified_name, site_of
+from ampcheck.source.lines import callers, calling_site, is_library, is_ours, is_torch, qualified_name, site_of
 from ampcheck.trace import AutocastState, OpCall, Operand, Site
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
@@ -42,6 +43,10 @@ _PROMOTING = {
     "Addcmul": "addcmul",
     "Addcdiv": "addcdiv",
 }
+_LOSSES = ("Loss", "BinaryCrossEntropyWithLogits")
+_PRODUCTS = frozenset(
+    {"Mm", "Addmm", "Bmm", "Baddbmm", "Addmv", "Mv", "Dot", "Linear", "Convolution", "NativeBatchNorm"}
+)
 _BY_AUTOCAST = frozenset({"Cat", "Stack", "Addcmul", "Addcdiv"})
 _VIEWS = frozenset(
     {"Expand", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Transpose", "T", "Permute", "Slice"}
@@ -55,6 +60,7 @@ class GraphProbe:
 
     - ``backward`` itself, with the autocast state around it,
     - calls of ``binary_cross_entropy``, by their nodes,
+    - losses and matrix products under autocast outside any module, by the names of their nodes,
     - promoting functions that turned a low-precision tensor into float32 because of a float32 parameter or buffer,
     - whether a saved tensor may be stale without PyTorch noticing. If so, it calls ``suspected(frame)`` after the
       backward pass, with the frame that began it.
@@ -149,8 +155,17 @@ class GraphProbe:
                 self._promotes(node, kind)
             elif kind == "BinaryCrossEntropy":
                 module, state = self._around(node._sequence_nr())
-                site = self._line(module, "binary_cross_entropy", "BCELoss", "criterion")
+                site = self._line(node, module, "binary_cross_entropy", "BCELoss", "criterion")
                 self._count(OpCall("binary_cross_entropy", module, state, (), (), site))
+            elif kind in _PRODUCTS or kind.endswith(_LOSSES):
+                self._outside_modules(node, kind)
+
+    def _outside_modules(self, node: Any, kind: str) -> None:
+        """Record a node that was made under autocast and in no module."""
+        if next(self._modules.around(node._sequence_nr()), None) is None:
+            _, state = self._around(node._sequence_nr())
+            if state.enabled:
+                self._count(OpCall(kind, None, state, (), (), None))
 
     def _promotes(self, node: Any, kind: str) -> None:
         """Record ``node`` if a float32 parameter or buffer turned a low-precision tensor into float32."""
@@ -174,7 +189,7 @@ class GraphProbe:
         wide = [Operand("float32", (1,), name) for name in names if name is not None]
         wide += [Operand("float32", (1,), name) for name in self._buffers(node, module)]
         if wide:
-            site = self._line(module, *(operand.name.rpartition(".")[2] for operand in wide if operand.name))
+            site = self._line(node, module, *(operand.name.rpartition(".")[2] for operand in wide if operand.name))
             self._count(OpCall(_PROMOTING[kind], module, state, (*low, *wide), ("float32",), site))
 
     def _around(self, sequence: int) -> tuple[str | None, AutocastState]:
@@ -250,20 +265,38 @@ class GraphProbe:
         named = self._model.named_modules() if module is not None else ()
         return next((one for name, one in named if plain_name(name) == module), None)
 
-    def _line(self, module: str | None, *names: str) -> Site | None:
-        """The only line with one of ``names``, in the module's forward or, without one, in backward's callers."""
+    def _line(self, node: Any, module: str | None, *names: str) -> Site | None:
+        """The only line with one of ``names``, in the module's methods or, without a module, in backward's callers; for
+        a module of PyTorch's the line that called it."""
         owner = self._submodule(module)
-        forward = getattr(getattr(type(owner), "forward", None), "__code__", None)
+        calls = list(self._modules.around(node._sequence_nr()))
+        places = (call.place for call in calls if not _is_machinery(call.place[0].co_filename))
+        place = site_at(next(places, None), "call", {})
+        if owner is None and place is not None:
+            return place
         frames = (frame.f_code for frame in callers(sys._getframe(2)))
-        codes = [forward] if forward is not None else [code for code in frames if not is_library(code.co_filename)]
-        for code in codes:
-            lines = {line for one, line in _named_lines(code) if one in names}
-            if len(lines) == 1 and not is_library(code.co_filename):
-                return site_of(code.co_filename, lines.pop(), qualified_name(code))
-        return None
+        own = [code for code in _methods(type(owner)) if not _is_machinery(code.co_filename)] if owner else []
+        codes = [own] if owner else [[code] for code in frames if not is_library(code.co_filename)]
+        for group in codes:
+            lines = {(code, line) for code in group for one, line in _named_lines(code) if one in names}
+            if len(lines) == 1:
+                code, line = lines.pop()
+                return site_of(code.co_filename, line, qualified_name(code))
+        return None if own else place
 
     def _count(self, call: OpCall) -> None:
         self._counts[call] = self._counts.get(call, 0) + 1
+
+
+def _methods(kind: type) -> list[CodeType]:
+    """The code of a module's forward, then of its other methods but the constructor."""
+    names = dict.fromkeys(["forward", *(name for base in kind.__mro__ if base is not nn.Module for name in vars(base))])
+    methods = (getattr(getattr(kind, name, None), "__code__", None) for name in names if name != "__init__")
+    return [code for code in methods if isinstance(code, CodeType)]
+
+
+def _is_machinery(file: str) -> bool:
+    return is_torch(file) or is_ours(file)
 
 
 def _kind(node: Any) -> str:

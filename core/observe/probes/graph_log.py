@@ -109,6 +109,7 @@ class GraphLog:
         self.derived: dict[int, Derived] = {}
         self.begun: dict[int, CallSite] = {}
         self.under_inference: dict[CallSite, None] = {}
+        self.shared: dict[int, CallSite] = {}
         self.pinned: dict[int, int] = {}
 
     def __del__(self) -> None:
@@ -240,12 +241,14 @@ class GraphLog:
             return stale
         call_site = op.call_site.applied(getattr(type(node), "_forward_cls", None))
         facts = {"module": op.module, "node": node.name(), "slot": slot}
+        shared = self.shared.get(key) if key is not None and silent == "outside" else None
         return replace(
             stale,
             op=op_name(op.func),
             save=call_site.site("save", **facts),
             library=call_site.library_site("save", **facts),
             writes=tuple(write.told() for write in writes),
+            shared=shared.site("call") if shared is not None else None,
         )
 
 

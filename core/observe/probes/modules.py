@@ -12,15 +12,18 @@ import torch
 from torch import nn
 
 from ampcheck.observe.probes.autocast import AutocastProbe
+from ampcheck.observe.probes.call_sites import Instruction, site_at
 from ampcheck.observe.probes.listening import Listening, disguised, live
 from ampcheck.observe.tensors import tensors_in
 from ampcheck.observe.walk import dtype_name, is_sharded, module_names
-from ampcheck.trace import AutocastState, ModuleCall
+from ampcheck.source.lines import is_ours, is_torch
+from ampcheck.trace import AutocastState, ModuleCall, Site
 
 _CALL: Any = nn.Module._wrapped_call_impl
 
 Called = Callable[[nn.Module, tuple[Any, ...]], None]
 Returned = Callable[[nn.Module, tuple[Any, ...], Any], None]
+Failed = Callable[[nn.Module, Exception], None]
 
 
 class LoggedCall(NamedTuple):
@@ -97,6 +100,18 @@ class ModuleProbe:
         )  # fmt: skip
 
     @property
+    def called(self) -> dict[str, Site]:
+        """The line that called each module first, without PyTorch's own."""
+        places: dict[str, Instruction] = {}
+        for entry in self._log:
+            call = LoggedCall(*entry)
+            file = call.place[0].co_filename
+            if call.module is not None and not is_torch(file) and not is_ours(file):
+                places.setdefault(call.module, call.place)
+        sites = {module: site_at(place, "call", {"module": module}) for module, place in places.items()}
+        return {module: site for module, site in sites.items() if site is not None}
+
+    @property
     def current(self) -> str | None:
         """Qualified name of the innermost module of the model that the running thread is in."""
         return next((entry[1] for entry in reversed(self._local.stack) if entry[1] is not None), None)
@@ -162,10 +177,31 @@ def on_module_calls(before: Called, after: Returned | None = None) -> Callable[[
     return end
 
 
+def on_module_failures(failed: Failed) -> Callable[[], None]:
+    """Call ``failed(module, error)`` when a call of a module raises, in each module that the error leaves.
+
+    A call that does not raise is not slowed down. Returns a function that ends this; it may be called again.
+    """
+    listening = Listening()
+
+    def end() -> None:
+        _failures[:] = [one for one in _failures if one is not failed]
+        listening.end()
+
+    try:
+        _failures.append(failed)
+        listening.by(_CALL, _watched)
+    except BaseException:
+        end()
+        raise
+    return end
+
+
 # What is active now. A call reads these when it gets to them, so that a step can begin inside a call.
 _probes: list[ModuleProbe] = []
 _callbacks: list[tuple[Called, Returned | None]] = []
-live += [_probes, _callbacks]
+_failures: list[Failed] = []
+live += [_probes, _callbacks, _failures]
 
 
 class _Local(threading.local):
@@ -185,6 +221,7 @@ def _template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
     probes: Any = "probes"
     tools: Any = "tools"
     set_eval_frame: Any = "set_eval_frame"
+    failures: Any = "failures"
     tensor, no_mode, caller, sequence, ident, is_enabled, get_dtype, is_cached, grad_enabled, graph_task = tools
     called: Any = ()
     if callbacks:
@@ -234,6 +271,10 @@ def _template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             result = self._call_impl(*args, **kwargs)
         else:
             result = self._compiled_call_impl(*args, **kwargs)
+    except Exception as error:
+        for failed in (*failures,):
+            failed(self, error)
+        raise
     finally:
         for probe, stack, entry in entered:
             record, thread, names, local, regions, device_type, own = probe.tools
@@ -271,10 +312,24 @@ def _template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
     return result
 
 
+# The same where nobody waits for more than failures: it costs what the original costs.
+def _plain_template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    try:
+        if self._compiled_call_impl is None:
+            return self._call_impl(*args, **kwargs)
+        return self._compiled_call_impl(*args, **kwargs)
+    except Exception as error:
+        failures: Any = "failures"
+        for failed in (*failures,):
+            failed(self, error)
+        raise
+
+
 def _watched(code: CodeType, listeners: list[Any]) -> CodeType:
     line = max(line for _, _, line in code.co_lines() if line is not None)
-    values = {"callbacks": _callbacks, "probes": _probes, "tools": _TOOLS, "set_eval_frame": _set_eval_frame}
-    return disguised(_template, code, values, line)
+    values = {"callbacks": _callbacks, "probes": _probes, "failures": _failures, "tools": _TOOLS}
+    template = _template if _callbacks or _probes else _plain_template
+    return disguised(template, code, {**values, "set_eval_frame": _set_eval_frame}, line)
 
 
 _set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
