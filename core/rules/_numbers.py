@@ -125,13 +125,14 @@ def data_of(found: NonFinite, origin: Origin | None) -> dict[str, Any]:
     return data
 
 
-def in_float32(found: NonFinite, origin: Origin) -> str:
+def in_float32(trace: Trace, found: NonFinite, origin: Origin) -> str:
     """The fix for what only low precision does."""
+    device = trace.model.device_type if trace.model is not None else "cuda"
     bfloat16 = found.outcomes.get("bfloat16")
     other = ", or train in bfloat16, in which this batch is finite" if bfloat16 and bfloat16.finite else ""
     return (
         f"Compute it in float32: put the code{place(origin.site)} inside "
-        f"`with torch.autocast(device_type, enabled=False):` and call `.float()` on its operands{other}."
+        f"`with torch.autocast({device!r}, enabled=False):` and call `.float()` on its operands{other}."
     )
 
 

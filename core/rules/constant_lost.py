@@ -46,5 +46,5 @@ def constant_lost(trace: Trace) -> Iterator[Evidence]:
             module=origin.module,
             sites=sites_of(origin),
             data=data_of(found, origin),
-            fix=in_float32(found, origin),
+            fix=in_float32(trace, found, origin),
         )

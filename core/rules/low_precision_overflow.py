@@ -58,7 +58,7 @@ def low_precision_overflow(trace: Trace) -> Iterator[Evidence]:
             module=origin.module,
             sites=sites_of(origin),
             data=data_of(found, origin),
-            fix=GROWN if diverges else in_float32(found, origin),
+            fix=GROWN if diverges else in_float32(trace, found, origin),
         )
 
 

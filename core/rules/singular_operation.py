@@ -66,7 +66,7 @@ def singular_operation(trace: Trace) -> Iterator[Evidence]:
             module=origin.module,
             sites=sites_of(origin),
             data=data_of(found, origin),
-            fix=_fix(found, origin),
+            fix=_fix(trace, found, origin),
         )
 
 
@@ -79,9 +79,9 @@ def _what(origin: Origin) -> str:
     return f"{name} is not finite for its operands, in float64 neither{held}"
 
 
-def _fix(found: NonFinite, origin: Origin) -> str | None:
+def _fix(trace: Trace, found: NonFinite, origin: Origin) -> str | None:
     float32 = found.outcomes.get("float32")
     if float32 is not None and float32.finite:
         # The operand itself is 0 only because of the dtype.
-        return in_float32(found, origin)
+        return in_float32(trace, found, origin)
     return next((fix for parts, fix in _FIXES if any(part in origin.op for part in parts)), None)

@@ -54,15 +54,16 @@ class _Where:
 
 class _Record:
     """An op with a result that is not finite. ``parents`` are its operands that were not finite already, each with the
-    record of the op that made it."""
+    record of the op that made it; ``first`` is the index of the earliest record that they come from."""
 
     __slots__ = (
-        "constant", "data", "deliberate", "given", "index", "kind", "made_nan", "name", "node", "operands", "outputs",
-        "parents", "phase", "true_value", "where",
+        "constant", "data", "deliberate", "first", "given", "index", "kind", "made_nan", "name", "node", "operands",
+        "outputs", "parents", "phase", "true_value", "where",
     )  # fmt: skip
 
     def __init__(self, index: int, name: str, where: _Where, phase: NumericPhase, node: str | None) -> None:
         self.index, self.name, self.where, self.phase, self.node = index, name, where, phase, node
+        self.first = index
         self.parents: list[tuple[torch.Tensor, _Record | None]] = []
         self.outputs: list[torch.Tensor] = []
         self.operands: tuple[OperandValues, ...] = ()
@@ -194,7 +195,7 @@ class NumberProbe(TorchDispatchMode):
             self.bad_gradients += [name for name in names if name is not None and name not in self.bad_gradients]
             if self._root is None and bad:
                 origins = [(record, one) for _, one in bad if (record := self._producer(one)) is not None]
-                first = min(origins, key=lambda pair: self._back(pair[0])[-1].index, default=None)
+                first = min(origins, key=lambda pair: pair[0].first, default=None)
                 self._root = ("gradient", None, bad[0][1]) if first is None else ("gradient", *first)
 
     def __torch_dispatch__(
@@ -290,6 +291,9 @@ class NumberProbe(TorchDispatchMode):
             unknown = [one for one, made in record.parents if made is None or made.data]
             if unknown and not record.deliberate:
                 record.given = self._given(unknown[0], frame)
+        record.first = min(
+            (one.first for _, one in record.parents if one is not None and not one.data), default=record.index
+        )
         record.operands = tuple(_operand(before(one)) for one in inputs[:4])
         self._records.append(record)
         # Alive, so that their ids and storages are not reused.
@@ -389,18 +393,21 @@ class NumberProbe(TorchDispatchMode):
         return record if record is not None else self._by_storage.get(storage_key(tensor) or 0)
 
     def _back(self, record: _Record) -> list[_Record]:
-        """The records from ``record`` back to the origin."""
+        """The records from ``record`` back to the origin; of several origins, to the earliest."""
         chain = [record]
-        while record.parents:
-            known = [one for _, one in record.parents if one is not None and not one.data]
-            if not known:
-                break
-            if record.made_nan and all(one.deliberate for one in known) and record.given is None:
-                record.kind = "masked"
-                break
-            record = min(known, key=lambda one: (one.deliberate, one.index))
-            chain.append(record)
+        while (earlier := self._earlier(chain[-1])) is not None:
+            chain.append(earlier)
         return chain
+
+    def _earlier(self, record: _Record) -> _Record | None:
+        """The operand of a record that leads to the earliest origin, as a record; ``None`` for an origin."""
+        known = [one for _, one in record.parents if one is not None and not one.data]
+        if not known:
+            return None
+        if record.made_nan and all(one.deliberate for one in known) and record.given is None:
+            record.kind = "masked"
+            return None
+        return min(known, key=lambda one: (one.deliberate, one.first))
 
     def _told(self, record: _Record) -> Origin:
         bad = record.outputs[0]
