@@ -24,8 +24,7 @@ from torch import nn
 from ampcheck.failure import examine
 from ampcheck.observe.again import FailedAgain
 from ampcheck.observe.edited import Edited, keeps_effect
-from ampcheck.observe.finite import Scale, State
-from ampcheck.observe.guard import Guard, Noticed
+from ampcheck.observe.numerics import Numerics
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
@@ -46,12 +45,13 @@ from ampcheck.precision import Precision
 from ampcheck.report import Report
 from ampcheck.report.ranks import rank
 from ampcheck.report.teller import Emit, Line, Log, Teller
-from ampcheck.report.text import NAME, fit_line, step_line
+from ampcheck.report.text import NAME, export_line, fit_line, step_line
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
 from ampcheck.rules.rule import Edit, Finding, Severity
 from ampcheck.run import FindBatch, Held, Rerun, Run
 from ampcheck.trace import (
+    Export,
     Failure,
     GraphFreed,
     GraphTrace,
@@ -65,13 +65,10 @@ from ampcheck.trace import (
 )
 
 _DIAGNOSED = "_ampcheck_diagnosed"
+_EXPORT = "_ampcheck_export"
 _NOTHING = contextlib.nullcontext()
 # Each rerun covers more of the program around the failing line, and costs about as much as the step.
 _MOST_RERUNS = 4
-# A run whose numbers fail in more ways than these has told enough.
-_MOST_DIAGNOSES = 6
-# How many backward passes are looked at after something was wrong.
-_REARMED = 8
 NUMERICS = ("off", "free", "guard", "stop")
 
 
@@ -100,10 +97,10 @@ class AmpChecker:
     ``select`` and ``ignore`` take rule codes or prefixes of them. ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) makes ``attach`` and the watched step raise ``FindingsError``. ``watch_steps`` is the number of
     training steps to watch. ``report`` is the path of the JSON report, true for ``ampcheck.json`` in the directory that
-    the host names, or false for none. ``numerics`` says how to look for losses and gradients that are not finite:
-    ``"free"`` only where training stops anyway, ``"guard"`` once a step, ``"stop"`` once a step before the optimizer's,
-    raising ``FloatingPointError``, and ``"off"`` not at all. Raises ``ValueError`` for invalid options, ``TypeError``
-    for options of the wrong type.
+    the host names, or false for none. ``exports``: whether the exports that the run makes are compared. ``numerics``
+    says how to look for losses and gradients that are not finite: ``"free"`` only where training stops anyway,
+    ``"guard"`` once a step, ``"stop"`` once a step before the optimizer's, raising ``FloatingPointError``, and
+    ``"off"`` not at all. Raises ``ValueError`` for invalid options, ``TypeError`` for options of the wrong type.
 
     No method raises anything but ``FindingsError``: a fault in AmpCheck itself becomes one warning, and the checker
     switches itself off.
@@ -117,6 +114,7 @@ class AmpChecker:
         fail_on: str = "never",
         watch_steps: int = 1,
         report: bool | str | os.PathLike[str] = True,
+        exports: bool = True,
         numerics: str = "free",
     ) -> None:
         if numerics not in NUMERICS:
@@ -127,11 +125,12 @@ class AmpChecker:
             raise TypeError(f"report must be a path, true or false, not {type(report).__name__}")
         select, ignore = _codes("select", select), _codes("ignore", ignore)
         self._options: dict[str, Any] = {"select": select, "ignore": ignore, "fail_on": fail_on}
-        self._options |= {"watch_steps": watch_steps, "report": report, "numerics": numerics}
+        self._options |= {"watch_steps": watch_steps, "report": report, "exports": exports, "numerics": numerics}
         self._rules = selected(select, ignore)
         self._fail_on = threshold(fail_on)
         self._watch_steps = watch_steps
         self._destination = report
+        self.follows_exports = exports
         self._numerics = numerics
         self._run = self._new_run()
 
@@ -181,7 +180,7 @@ class AmpChecker:
         """
         try:
             again = self._run.held is not None
-            run = self._run if again else self._new_run()
+            run = self._run if again or self._run.waiting else self._new_run()
             self._run = run
             if run.off:
                 return None
@@ -203,10 +202,11 @@ class AmpChecker:
                 )
             if not again:
                 run.expect(self._watch_steps, info.device_type)
-            if scaler is not None and scaler.is_enabled():
-                run.scale = run.scale or Scale(scaler, held.optimizers)
-            if self._numerics in ("guard", "stop"):
-                self._guard()
+            run.numerics = run.numerics or self._looking(held, info.device_type)
+            if run.numerics is not None:
+                run.numerics.scaled_by(scaler)
+                if self._numerics != "free":
+                    run.numerics.begin()
             self._judge("fit start", lambda findings: fit_line(run.trace, findings), quiet=again)
             self.enforce()
         except FindingsError:
@@ -227,8 +227,8 @@ class AmpChecker:
             run.held = run.held._replace(scaler=scaler)
             precision = precision_by_policy(run.trace.model, precision, scaler.is_enabled())
             run.trace = replace(run.trace, scaler=examine_scaler(scaler), precision=precision)
-            if scaler.is_enabled():
-                run.scale = run.scale or Scale(scaler, run.held.optimizers)
+            if run.numerics is not None:
+                run.numerics.scaled_by(scaler)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
@@ -298,6 +298,8 @@ class AmpChecker:
             run = self._run
             if run.off or not isinstance(error, Exception) or isinstance(error, FindingsError):
                 return
+            if not swallowed:
+                run.left.update(_exports_behind(error))
             number = getattr(error, _DIAGNOSED, 0)
             if number:
                 # What seemed caught has come through.
@@ -330,7 +332,10 @@ class AmpChecker:
             for one in seen:
                 trace = trace.showing(one)
             if isinstance(failure.facts, ValueRejected):
-                trace = replace(trace, numbers=self._rejected(error, batch))
+                steps = functools.partial(self._failed_steps, error, batch)
+                found = run.numerics.rejected(error, steps, step) if run.numerics is not None else None
+                if found is not None:
+                    trace = replace(trace, numbers=(replace(found, precision=trace.precision.dtype),))
             if isinstance(failure.facts, SavedTensorModified) and run.held is not None:
                 graph = trace.graph or GraphTrace()
                 if not graph.stale:
@@ -356,89 +361,50 @@ class AmpChecker:
         looked at too. Raises ``FindingsError``.
         """
         run = self._run
-        held = run.held
-        if run.off or held is None or self._numerics == "off":
-            return
-        if run.report is not None and run.report.trace.failure is not None:
-            # That is what the report is about from now on.
+        # A failure is what the report is about from then on.
+        if run.off or run.numerics is None or (run.report is not None and run.report.trace.failure is not None):
             return
         try:
-            with torch.no_grad():
-                run.state = run.state or State(held.model, held.averaged)
-                state = run.state.look(moment)
-                guard = run.guard
-                if guard is not None and guard.counts:
-                    skips = run.scale.look(guard.step, guard.skipped) if run.scale is not None else None
-                else:
-                    skips = run.scale.look(steps) if run.scale is not None else None
-            if state is not None and run.trace.numbers and not run.scaling:
-                # That is what became of the step that was told.
-                state = None
+            state, skips = run.numerics.look(moment, steps)
             run.trace = replace(run.trace, state=run.trace.state or state, skips=skips)
-            findings, not_judged = judge(run.trace, self._rules)
-            run.report = Report(run.trace, tuple(map(self._tried, findings)), not_judged)
-            run.teller.tell_own(run.report)
-            troubled = state is not None or any(one.code == "AMP512" for one in findings)
-            if troubled and self._numerics == "free" and run.rearmed < _MOST_DIAGNOSES:
-                run.rearmed += 1
-                self._guard(passes=_REARMED)
+            findings = self._tell_own()
+            if self._numerics == "free" and (state is not None or any(one.code == "AMP512" for one in findings)):
+                run.numerics.rearm()
             self.enforce()
         except FindingsError:
             raise
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
-    def _guard(self, passes: int | None = None) -> None:
-        """Look at the numbers of the steps to come, of all or of as many as ``passes``."""
-        run, held = self._run, self._run.held
-        if held is None or (run.guard is not None and run.guard.active):
-            return
-        trained = [one for optimizer in held.optimizers for group in optimizer.param_groups for one in group["params"]]
-        own = held.model.parameters()
-        stop = self._numerics == "stop"
-        run.guard = Guard(trained or own, self._not_finite, self.switch_off, every=stop, passes=passes)
-        run.guard.begin()
-
-    def _not_finite(self, noticed: Noticed) -> bool:
-        """Explain a step whose loss or gradients are not finite, from the frame that runs it. Returns whether only the
-        loss scale was too large."""
+    def _tell_own(self, error: Exception | None = None) -> tuple[Finding, ...]:
+        """Judge anew and report on this rank alone, where others may be in another step; as a note on ``error``."""
         run = self._run
-        stop: FloatingPointError | None = None
-        try:
-            numbers = run.numbers()
-            if run.off or numbers is None or run.diagnosed >= _MOST_DIAGNOSES:
-                return False
-            run.diagnosed += 1
-            found = numbers.explained(functools.partial(self._steps_of, noticed.frame), random=noticed.random)
-            found = self._as_noticed(found, noticed)
-            if found.benign or (found.origin is None and found.root == "gradient" and run.scaling):
-                # The scaler skips the step, as it should; without an origin there is nothing to tell of it.
-                return True
-            if noticed.late or run.guard is None or not numbers.scaling:
-                # The weights are lost with the next step of the optimizer, and with them what later steps could show.
-                run.unguard()
-            if any(_same_origin(found, one) for one in run.trace.numbers or ()):
-                return False
-            run.trace = replace(run.trace, numbers=(*(run.trace.numbers or ()), found))
-            findings, not_judged = judge(run.trace, self._rules)
-            run.report = Report(run.trace, tuple(map(self._tried, findings)), not_judged)
-            if self._numerics == "stop":
-                stop = FloatingPointError(f"the {found.root} of step {noticed.step} is not finite")
-                setattr(stop, _DIAGNOSED, True)
-                run.teller.note(stop, run.report.findings, run.trace)
-                run.teller.write(run.report)
-            else:
-                run.teller.tell_own(run.report)
-            self.enforce()
-        except FindingsError:
-            raise
-        except Exception as error:  # noqa: BLE001
-            self.switch_off(error)
-        if stop is not None:
-            raise stop
-        return False
+        findings, not_judged = judge(run.trace, self._rules)
+        run.report = Report(run.trace, self._with_survived(tuple(map(self._tried, findings))), not_judged)
+        if error is not None:
+            run.teller.note(error, run.report.findings, run.trace)
+            run.teller.write(run.report)
+        else:
+            run.teller.tell_own(run.report)
+        return findings
 
-    def _steps_of(self, frame: FrameType) -> Iterable[Rerun]:
+    def _looking(self, held: Held, device_type: str) -> Numerics | None:
+        """What looks at the numbers of this run."""
+        if self._numerics == "off":
+            return None
+        return Numerics(
+            held.model,
+            device_type,
+            held.optimizers,
+            held.scaler,
+            held.averaged,
+            steps_of=self._running_steps,
+            found=self._not_finite,
+            failed=self.switch_off,
+            every=self._numerics == "stop",
+        )
+
+    def _running_steps(self, frame: FrameType) -> Iterable[Rerun]:
         """What computes the loss of a running step again, smallest first."""
         find = self._run.find_batch
         if find is not None:
@@ -448,37 +414,25 @@ class AmpChecker:
             return ()
         return itertools.islice(of_frame(frame, failed=True), _MOST_RERUNS)
 
-    def _as_noticed(self, found: NonFinite | None, noticed: Noticed) -> NonFinite:
-        """What a replay found, with what was seen of the step itself."""
-        if found is None:
-            found = NonFinite(noticed.root, said="the failing batch could not be replayed")
-        elif found.origin is None:
-            found = replace(found, root=noticed.root)
-        held, precision = self._run.held, self._run.trace.precision
-        scaler = held.scaler if held is not None else None
-        scaling = scaler is not None and scaler.is_enabled()
-        late = "the optimizer had stepped before it was noticed, so the replay ran with other weights"
-        return replace(
-            found,
-            step=noticed.step,
-            loss=noticed.loss if noticed.loss is not None else found.loss,
-            scale=scaler.get_scale() if scaler is not None and scaling else None,
-            precision=precision.dtype,
-            approximate=late if noticed.late else None,
-        )
-
-    def _rejected(self, error: Exception, batch: Rerun | None) -> tuple[NonFinite, ...] | None:
-        """Where the value that was refused for not being finite comes from."""
-        earlier, numbers = self._run.trace.numbers, self._run.numbers()
-        if self._numerics == "off" or numbers is None or earlier:
-            return earlier
-        steps = functools.partial(self._failed_steps, error, batch)
-        guard = self._run.guard
-        found = numbers.explained(steps, random=guard.random if guard is not None else None, error=error)
-        if found is None or found.origin is None:
-            return earlier
-        step = guard.step if guard is not None else None
-        return (replace(found, step=step, precision=self._run.trace.precision.dtype),)
+    def _not_finite(self, found: NonFinite) -> None:
+        """Report a step whose loss or gradients are not finite, and stop there if that was asked for."""
+        run = self._run
+        stop = FloatingPointError(f"the {found.root} of step {found.step} is not finite")
+        try:
+            if run.off:
+                return
+            found = replace(found, precision=run.trace.precision.dtype)
+            run.trace = replace(run.trace, numbers=(*(run.trace.numbers or ()), found))
+            self._tell_own(stop if self._numerics == "stop" else None)
+            setattr(stop, _DIAGNOSED, True)
+            self.enforce()
+        except FindingsError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+            return
+        if self._numerics == "stop":
+            raise stop
 
     def _failing_again(self, error: Exception, failure: Failure, batch: Rerun | None) -> FailedAgain | None:
         """What a replay shows of the failing batch or, in a plain loop, of the loop's own statements."""
@@ -551,14 +505,17 @@ class AmpChecker:
     def detach(self) -> None:
         """Remove everything and let go of the model. Report once what could not be judged. May be called again."""
         try:
-            run, report = self._run, self._run.report
+            run = self._run
             run.abandon()
+            self._settle_exports()
+            report = run.report
             if run.held is not None and report is not None and report.trace.failure is None and not run.off:
                 run.teller.say_not_judged(report.not_judged)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
         finally:
-            self._run.held = None
+            self._run.held = self._run.numerics = self._run.find_batch = None
+            self._run.ended = True
 
     def start_over(self) -> None:
         """Forget the attached model and what was seen of it: it is not the model that trains."""
@@ -567,6 +524,8 @@ class AmpChecker:
             before.abandon()
             self._run = self._new_run()
             self._run.failures, self._run.survived = before.failures, before.survived
+            self._run.trace = Trace(exports=before.trace.exports)
+            self._run.teller.remember(self._judged(before.trace.exports))
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
@@ -607,19 +566,79 @@ class AmpChecker:
     ) -> None:
         """Report, at the end of a run in which no model was attached, that nothing could be judged, and why."""
         try:
-            failures, survived = self._run.failures, self._run.survived
-            self._run = run = self._new_run()
-            run.failures, run.survived = failures, survived
+            before = self._run
+            self._run = run = before if before.waiting else self._new_run()
+            run.failures, run.survived = before.failures, before.survived
             run.teller.emit, run.teller.directory = emit, Path(directory) if directory is not None else None
             unobserved = dict.fromkeys(("model", "training", "evaluation"), reason)
-            run.trace = Trace(environment=environment(), unobserved=unobserved)
+            run.trace = replace(run.trace, environment=environment(), unobserved=unobserved)
             findings, not_judged = judge(run.trace, self._rules)
             run.report = Report(run.trace, self._with_survived(findings), not_judged)
-            if rank() == 0:
+            if rank() == 0 and not run.trace.exports:
                 run.teller.say(Text(f"{NAME}  nothing was judged: {reason}"))
             run.teller.write(run.report)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
+
+    def exported(
+        self,
+        export: Export,
+        error: BaseException | None = None,
+        *,
+        emit: Emit | None = None,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Take an export of the program into the report; ``error`` is what it raised, and gets a note if it is known
+        why. ``emit`` and ``directory`` are those of ``attach``, which may come later. Raises ``FindingsError``."""
+        run = self._run
+        if run.off:
+            return
+        try:
+            run.teller.emit = run.teller.emit or emit
+            run.teller.directory = run.teller.directory or (Path(directory) if directory is not None else None)
+            findings = self._judged((export,))
+            if error is not None:
+                with contextlib.suppress(AttributeError):
+                    setattr(error, _EXPORT, len(run.trace.exports))
+            run.trace = replace(run.trace, exports=(*run.trace.exports, export))
+            run.report = _with(run.report or Report(run.trace), run.trace, findings)
+            if error is not None:
+                run.teller.note(error, findings, run.trace)
+            elif rank() == 0:
+                run.teller.say(export_line(export))
+                run.teller.say_findings(run.teller.remember(findings), run.trace)
+            run.teller.write(run.report)
+            if error is None:
+                self.enforce()
+        except FindingsError:
+            raise
+        except Exception as fault:  # noqa: BLE001
+            self.switch_off(fault)
+
+    def _settle_exports(self) -> None:
+        """Report the exports that died without the program dying of it."""
+        run = self._run
+        died = [
+            (place, export.failure)
+            for place, export in enumerate(run.trace.exports)
+            if export.failure is not None and not export.failure.handled and place not in run.left
+        ]
+        if not died or run.off or run.report is None:
+            return
+        exports = list(run.trace.exports)
+        for place, failure in died:
+            exports[place] = replace(exports[place], failure=replace(failure, handled=True))
+        before, after = self._judged(run.trace.exports), self._judged(exports)
+        kept = tuple(finding for finding in run.report.findings if finding not in before)
+        run.trace = replace(run.trace, exports=tuple(exports))
+        trace = replace(run.report.trace, exports=run.trace.exports)
+        run.report = _with(replace(run.report, findings=kept), trace, after)
+        if rank() == 0:
+            run.teller.say_findings(run.teller.remember(after), run.trace)
+        run.teller.write(run.report)
+
+    def _judged(self, exports: Iterable[Export]) -> tuple[Finding, ...]:
+        return judge(Trace(host=self._run.trace.host, exports=tuple(exports)), self._rules)[0]
 
     def switch_off(self, error: Exception, *, emit: Emit | None = None) -> None:
         """Switch AmpCheck off for the rest of the run, with one warning about its own fault.
@@ -705,12 +724,6 @@ class AmpChecker:
                 raise FindingsError(report, reached)
 
 
-def _same_origin(one: NonFinite, other: NonFinite) -> bool:
-    if one.origin is None or other.origin is None:
-        return one.origin is other.origin
-    return (one.origin.op, one.origin.kind, one.origin.site) == (other.origin.op, other.origin.kind, other.origin.site)
-
-
 def _explains(graph: GraphTrace, failure: Failure) -> bool:
     """Whether what was seen contains the cause of the failure."""
     if isinstance(failure.facts, SavedTensorModified):
@@ -718,3 +731,19 @@ def _explains(graph: GraphTrace, failure: Failure) -> bool:
     if isinstance(failure.facts, GraphFreed):
         return len(graph.backwards) > 1
     return bool(graph.cut) if isinstance(failure.facts, NoGraph) else True
+
+
+def _with(report: Report, trace: Trace, findings: Iterable[Finding]) -> Report:
+    """``report`` on ``trace``, with more findings, the most severe first."""
+    together = sorted((*report.findings, *findings), key=lambda finding: (-finding.severity, finding.code))
+    return replace(report, trace=trace, findings=tuple(together))
+
+
+def _exports_behind(error: BaseException) -> set[int]:
+    """The positions of the exports that raised ``error`` or one of its causes."""
+    seen: dict[int, BaseException] = {}
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen[id(link)] = link
+        link = link.__cause__ or link.__context__
+    return {getattr(one, _EXPORT) for one in seen.values() if hasattr(one, _EXPORT)}

@@ -45,6 +45,9 @@ def run(
     ] = "never",
     select: Annotated[str, typer.Option(metavar="CODES", help="Judge only these rules: AMP101,AMP2,...")] = "",
     ignore: Annotated[str, typer.Option(metavar="CODES", help="Do not judge these rules.")] = "",
+    no_exports: Annotated[
+        bool, typer.Option("--no-exports", help="Leave exports alone instead of comparing them.")
+    ] = False,
     numerics: Annotated[
         str,
         typer.Option(
@@ -73,6 +76,7 @@ def run(
             fail_on=fail_on,
             watch_steps=watch_steps,
             report=json or False,
+            exports=not no_exports,
             numerics=numerics,
         )
     except ValueError as error:

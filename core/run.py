@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from ampcheck.observe.again import Again
-from ampcheck.observe.finite import Scale, State
-from ampcheck.observe.guard import Guard
-from ampcheck.observe.numbers import Numbers
+from ampcheck.observe.numerics import Numerics
 from ampcheck.observe.step import WatchedStep
 from ampcheck.report import Report
 from ampcheck.report.teller import Teller
@@ -41,9 +39,8 @@ class Run:
 
     The run is attached while it holds the user's objects. ``open`` are the steps being watched, ``died`` is what the
     last one showed that an exception left, ``failures`` the reports on exceptions, and ``survived`` what was found on
-    those that the program went on after. ``find_batch`` finds the batch of a host's step in the frames that run it.
-    ``diagnosed`` counts the steps that were replayed because of their numbers, ``rearmed`` how often a look led to
-    that. ``state`` and ``scale`` remember what was looked at before.
+    those that the program went on after. ``left`` are the positions of the exports whose exceptions left the program.
+    ``find_batch`` finds the batch of a host's step in the frames that run it.
     """
 
     teller: Teller
@@ -57,12 +54,15 @@ class Run:
     failures: list[Report] = field(default_factory=list)
     survived: tuple[Finding, ...] = ()
     off: bool = False
-    guard: Guard | None = None
+    numerics: Numerics | None = None
     find_batch: FindBatch | None = None
-    diagnosed: int = 0
-    rearmed: int = 0
-    state: State | None = None
-    scale: Scale | None = None
+    ended: bool = False
+    left: set[int] = field(default_factory=set)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether no model has been attached yet."""
+        return self.trace.model is None and not self.off and not self.ended
 
     def expect(self, watch_steps: int, device_type: str) -> None:
         """Set what this run watches, and the reasons to give for what it has not yet watched."""
@@ -96,27 +96,10 @@ class Run:
             return None
         return Again(self.held.model, self.trace.model.device_type, self.held.optimizers, self.held.scaler)
 
-    @property
-    def scaling(self) -> bool:
-        """Whether a gradient scaler skips the steps that are not finite."""
-        scaler = self.held.scaler if self.held is not None else None
-        return scaler is not None and scaler.is_enabled()
-
-    def numbers(self) -> Numbers | None:
-        """What replays steps of this run for their numbers, as long as the run has a model."""
-        if self.held is None or self.trace.model is None:
-            return None
-        return Numbers(self.held.model, self.trace.model.device_type, self.held.optimizers, self.held.scaler)
-
-    def unguard(self) -> None:
-        """Stop looking at the numbers."""
-        guard, self.guard = self.guard, None
-        if guard is not None:
-            guard.end()
-
     def abandon(self) -> None:
         """Stop watching; the steps being watched show nothing."""
-        self.unguard()
+        if self.numerics is not None:
+            self.numerics.end()
         self.training_left, self.evaluation_left = 0, False
         while self.open:
             self.open.pop().abandon()

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 from torch import nn
 
 from ampcheck.checker import AmpChecker, FindingsError
+from ampcheck.export.followed import FollowedExports
 from ampcheck.report.teller import Emit
 from ampcheck.run import FindBatch
 
@@ -108,6 +109,9 @@ class Session:
         """``AmpChecker.attach``, unless the adapter has failed in this run."""
         if self.state != "off":
             self.state = "attached"
+            if self.checker.follows_exports and not any(isinstance(one, FollowedExports) for one in self._put):
+                self.put(exports := FollowedExports(self.checker, self.fail))
+                exports.begin()
             self.checker.attach(model, **seen)
 
     def look(self, moment: str, *, steps: int | None = None) -> None:

@@ -36,6 +36,7 @@ _FACTS = {
     "averaged": "the averaged copy of the model",
     "comparison": "a comparison of the exported model with the eager one",
     "evaluation": "the watched evaluation step",
+    "export_failure": "an exception that ended an export",
     "failure": "an exception that ended the run",
     "graph": "the autograd graph of the watched step, or of a replay of the failing batch",
     "internal_error": "AmpCheck itself",

@@ -70,6 +70,7 @@ class AmpCheck(Callback):
         fail_on: ``"error"`` or ``"warning"`` stops the run with ``FindingsError`` at such a finding.
         watch_steps: How many training steps to watch.
         report: Where the JSON goes: true for the run's directory, a path, or false for nowhere.
+        exports: Whether exports in the run (`to_torchscript`, `to_onnx`) are compared with the module.
         checker: A checker of your own, in place of all the options above.
 
     Raises:
@@ -84,13 +85,20 @@ class AmpCheck(Callback):
         fail_on: Literal["error", "warning", "never"] = "never",
         watch_steps: int = 1,
         report: bool | str | os.PathLike[str] = True,
+        exports: bool = True,
         checker: AmpChecker | None = None,
     ) -> None:
         super().__init__()
         self._logger = logging.getLogger(_PACKAGES[0])
         self.session = Session(
-            checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report
-        )
+            checker,
+            select=select,
+            ignore=ignore,
+            fail_on=fail_on,
+            watch_steps=watch_steps,
+            report=report,
+            exports=exports,
+        )  # fmt: skip
         self.session.warn = self._logger.warning
         self.checker = self.session.checker
         self._fitted = False

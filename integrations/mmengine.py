@@ -41,7 +41,8 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
 
     ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) stops the run on a finding that severe. ``watch_steps`` is the number of training iterations to
-    watch. ``report`` is the path of the JSON report, or false for none. ``checker`` replaces all of these.
+    watch. ``report`` is the path of the JSON report, or false for none. ``exports=False``
+    leaves exports in the run alone. ``checker`` replaces all of these.
 
     Raises ``ValueError`` for an unknown code or option value, and for options passed together with ``checker``.
     """
@@ -56,11 +57,18 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
         fail_on: str = "never",
         watch_steps: int = 1,
         report: bool | str = True,
+        exports: bool = True,
         checker: AmpChecker | None = None,
     ) -> None:
         self.session = Session(
-            checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report
-        )
+            checker,
+            select=select,
+            ignore=ignore,
+            fail_on=fail_on,
+            watch_steps=watch_steps,
+            report=report,
+            exports=exports,
+        )  # fmt: skip
         self.checker = self.session.checker
 
     @contained

@@ -39,6 +39,7 @@ def install(
     fail_on: str = "never",
     watch_steps: int = 1,
     report: bool | str | os.PathLike[str] = True,
+    exports: bool = True,
     checker: AmpChecker | None = None,
 ) -> AmpChecker:
     """Check the training that ``script`` (default: the running program) does in its functions ``train_one_epoch`` and
@@ -48,11 +49,14 @@ def install(
 
     ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) stops training on a finding that severe. ``watch_steps`` is the number of updates to watch. ``report``
-    is the path of the JSON report, or false for none. ``checker`` replaces all of these.
+    is the path of the JSON report, or false for none. ``exports=False``
+    leaves exports in the run alone. ``checker`` replaces all of these.
 
     Raises ``ValueError`` for an unknown code or option value, and for options passed together with ``checker``.
     """
-    session = Session(checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report)
+    session = Session(
+        checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report, exports=exports
+    )
     script = script or sys.modules["__main__"]
     if not wrap(script, session):
         say(f"ampcheck  {script.__name__} defines no train_one_epoch() yet, so it is not checked")

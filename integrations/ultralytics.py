@@ -47,7 +47,8 @@ class AmpCheck:
 
     ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) stops training on a finding that severe. ``watch_steps`` is the number of training batches to watch.
-    ``report`` is the path of the JSON report, or false for none. ``checker`` replaces all of these.
+    ``report`` is the path of the JSON report, or false for none. ``exports=False``
+    leaves exports in the run alone. ``checker`` replaces all of these.
 
     ``compare_export=True`` checks ``model.export(...)`` too: it compares the TorchScript or ONNX file with the model
     that the exporter wrote it from, module by module, and reports the findings, with a JSON report next to the file.
@@ -64,12 +65,19 @@ class AmpCheck:
         fail_on: str = "never",
         watch_steps: int = 1,
         report: bool | str | os.PathLike[str] = True,
+        exports: bool = True,
         compare_export: bool = False,
         checker: AmpChecker | None = None,
     ) -> None:
         self.session = Session(
-            checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report
-        )
+            checker,
+            select=select,
+            ignore=ignore,
+            fail_on=fail_on,
+            watch_steps=watch_steps,
+            report=report,
+            exports=exports,
+        )  # fmt: skip
         self.session.warn = LOGGER.warning
         self._compare_export = compare_export
         self._amp_given = False

@@ -40,6 +40,7 @@ NOT_RUN = {
     "AMP602": "a compiled extension; see tests/export",
     "AMP603": "a trace of a function; see tests/export",
     "AMP604": "a trace; see tests/export",
+    "AMP605": "an export; see tests/export",
     "AMP900": "an error of AmpCheck's own, in place of a program",
 }
 

@@ -28,9 +28,16 @@ def changing_untracked(runs: Runs) -> list[Untracked]:
 
 
 def baked_constants(runs: Runs, leaks: Sequence[Untracked]) -> tuple[BakedConstant, ...]:
-    """The constants of the graph that are activations of the eager model."""
+    """The constants of the graph that are activations of the eager model.
+
+    An export may have folded them into others, or hold the blank tensor that a kernel filled. If it differs, and no
+    Python call stands for the code that made such an activation, its value is fixed all the same.
+    """
     constants = list(runs.exported.constants())
     baked = [leak for leak in leaks if any(_holds(constant, leak) for constant in constants)]
+    if not baked and any(not run.equal for run in runs.same_sizes):
+        called = {call.module for call in runs.exported.opaque_calls()}
+        baked = [leak for leak in leaks if leak.foreign and leak.module not in called]
     return tuple(
         BakedConstant(
             leak.module,
@@ -140,13 +147,15 @@ def _branch(ours: Read, theirs: Read, example: Run, run: Run) -> str:
 
 
 def _training_mode(runs: Runs) -> Iterator[Cause]:
-    told: set[tuple[str, str]] = set()
+    found: dict[tuple[str, bool], dict[str, Site | None]] = {}
     modules = dict(runs.eager.named_modules())
     for op in runs.exported.training_ops():
-        if (op.op, op.module) not in told:
-            told.add((op.op, op.module))
-            mode = modules[op.module].training if op.module in modules else runs.eager.training
-            yield Cause("training-mode", op.module, op.op, _sites(op.site, op.module), certain=not mode)
+        mode = modules[op.module].training if op.module in modules else runs.eager.training
+        found.setdefault((op.op, not mode), {}).setdefault(op.module, op.site)
+    for (kind, certain), places in found.items():
+        first, *others = places
+        detail = ": ".join([kind, ", ".join(others)]) if others else kind
+        yield Cause("training-mode", first, detail, _sites(places[first], first), certain=certain)
 
 
 def _buffers(runs: Runs) -> Iterator[Cause]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -59,6 +61,34 @@ def compare(
     """
     rules = [rule for rule in selected(select, ignore) if "comparison" in rule.needs]
     limit = threshold(fail_on)
+    comparison = compared(
+        eager, exported, inputs, fresh_inputs=fresh_inputs, outputs=outputs, dynamic_batch=dynamic_batch,
+        rtol=rtol, atol=atol, seed=seed, trusted=trusted,
+    )  # fmt: skip
+    eager = unwrapped(eager)
+    trace = Trace(environment=environment(), model=walk(eager), comparison=comparison)
+    report = Report(trace, *judge(trace, rules))
+    reached = reaching(report.findings, limit)
+    if reached:
+        raise FindingsError(report, reached)
+    return report
+
+
+def compared(
+    eager: nn.Module,
+    exported: object,
+    inputs: object,
+    *,
+    fresh_inputs: Iterable[object] = (),
+    outputs: Choose | None = None,
+    dynamic_batch: bool | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    seed: int = 0,
+    trusted: bool = False,
+    seconds: float = math.inf,
+) -> Comparison:
+    """What ``compare`` judges. No further inputs are tried after ``seconds``. Raises ``ValueError``."""
     eager = unwrapped(eager)
     opened = opened_export(exported, eager, trusted=trusted)
     example = Inputs.of(inputs)
@@ -66,27 +96,23 @@ def compare(
     for given in (example, *own):
         check_inputs(eager, opened, given)
     tolerances = Tolerances(opened.practice, rtol, atol)
-    runs = Runs(eager, opened, tolerances, seed, outputs)
+    runs = Runs(eager, opened, tolerances, seed, outputs, seconds)
     runs.add(example, required=True)
     for given in own:
         runs.add(given, required=True)
     for given in fresh(example, seed):
-        runs.add(given)
+        if not runs.late:
+            runs.add(given)
     # A number read from an activation may decide a branch: look for inputs on which it decides otherwise.
     for extra in range(1, _DRAWS + 1):
-        if not runs.undecided:
+        if runs.late or not runs.undecided:
             break
         runs.add(fresh(example, seed + extra)[0])
     claimed = dynamic_batch is not False and (opened.resized_shapes(example) is not None or dynamic_batch is True)
-    if claimed or (opened.traced and dynamic_batch is None):
+    if not runs.late and (claimed or (opened.traced and dynamic_batch is None)):
         _add_other_sizes(runs, example)
-    comparison = _compared(runs, claimed=claimed)
-    trace = Trace(environment=environment(), model=walk(eager), comparison=comparison)
-    report = Report(trace, *judge(trace, rules))
-    reached = reaching(report.findings, limit)
-    if reached:
-        raise FindingsError(report, reached)
-    return report
+    left_out = f"no further inputs were tried after {seconds:g} s" if runs.late else None
+    return replace(_compared(runs, claimed=claimed), left_out=left_out)
 
 
 def _add_other_sizes(runs: Runs, example: Inputs) -> None:

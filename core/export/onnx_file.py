@@ -104,7 +104,11 @@ class OnnxModel(Exported):
                 model.graph.output.add().name = name
         session = self._open(self._serialized(model), optimized=False)
         feed = self._feed(inputs)
-        found = dict(zip((o.name for o in session.get_outputs()), session.run(None, feed), strict=True))
+        try:
+            arrays = session.run(None, feed)
+        except Exception as error:  # noqa: BLE001 - whatever the runtime raises
+            return [], f"the ONNX model stopped: {str(error).splitlines()[0]}"
+        found = dict(zip((o.name for o in session.get_outputs()), arrays, strict=True))
         values = [Value(_tensor(array), ("",), users.get(name, [])) for name, array in feed.items()]
         order = [name for node in model.graph.node for name in node.output if name in found]
         values += [

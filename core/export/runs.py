@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,11 +72,23 @@ class Runs:
     """The runs of both models, the example first."""
 
     def __init__(
-        self, eager: nn.Module, exported: Exported, tolerances: Tolerances, seed: int, choose: Choose | None
+        self,
+        eager: nn.Module,
+        exported: Exported,
+        tolerances: Tolerances,
+        seed: int,
+        choose: Choose | None,
+        seconds: float = math.inf,
     ) -> None:
         self.eager, self.exported, self.tolerances, self.seed = eager, exported, tolerances, seed
         self._choose = choose
+        self._until = time.monotonic() + seconds
         self.all: list[Run] = []
+
+    @property
+    def late(self) -> bool:
+        """Whether the time for trying inputs is over."""
+        return time.monotonic() > self._until
 
     def add(self, given: Inputs, *, required: bool = False, other_sizes: bool = False) -> bool:
         """Run both models; return false if the eager model refuses inputs that are not ``required``.

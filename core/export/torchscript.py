@@ -19,7 +19,7 @@ from ampcheck.export.eager import Call, quiet_state, snapshot
 from ampcheck.export.graph import Cast, Constant, Exported, TrainingOp, Value, pooled
 from ampcheck.export.values import Inputs, tensors_in
 from ampcheck.observe.walk import dtype_name
-from ampcheck.source.lines import is_library, is_ours, is_torch, site_of
+from ampcheck.source.lines import LISTENING, is_library, is_ours, is_torch, site_of
 from ampcheck.trace import OpaqueCall, Site
 
 _DROPOUT = ("aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::alpha_dropout", "aten::native_dropout")
@@ -316,7 +316,7 @@ def _site(node: Any) -> Site | None:
         file, line = match["file"].strip(), int(match["line"] or match["single"])
         if file.startswith('File "'):
             file = file.removeprefix('File "').rstrip('",')
-        if is_ours(file):
+        if is_ours(file) and file != LISTENING:
             break
         if not is_library(file):
             return site_of(file, line, match["function"] or "forward")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ampcheck.observe.tensors import same_values
 from ampcheck.observe.walk import dtype_name
 from ampcheck.trace import Tolerance
 
@@ -242,6 +243,9 @@ def distance(
         return APART
     dtype = max(eager.dtype, other.dtype, key=lambda dtype: tolerances.of(dtype).relative)
     tolerance = tolerances.of(dtype)
+    # Most modules agree to the bit, and the rest costs ten passes over them.
+    if eager.dtype == other.dtype and eager.device == other.device and same_values(eager, other):
+        return Distance(0.0, 0.0, True)
     wide = torch.complex128 if eager.is_complex() or other.is_complex() else torch.float64
     a, b = (tensor.detach().to_dense().to("cpu", wide) for tensor in (eager, other))
     if not a.numel():

@@ -9,7 +9,7 @@ import linecache
 import re
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from traceback import walk_tb
@@ -22,7 +22,7 @@ from torch._guards import TracingContext
 
 from ampcheck.checker import AmpChecker
 from ampcheck.failure import SIGNATURES
-from ampcheck.observe.probes.containment import undo
+from ampcheck.observe.probes.containment import bare, undo
 from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modules import on_module_failures
 from ampcheck.report import Report
@@ -94,17 +94,31 @@ class Caught:
         scaler: Any = torch.amp.GradScaler
         engine: Any = torch.autograd.graph._engine_run_backward
         for function in (engine, *(getattr(scaler, name) for name in _SCALING)):
-            doors.to(function, failed=lambda error, *args, **kwargs: self._failed(error))
-        doors.to(torch.autocast.__exit__, before=self._region_left)
-        doors.to(traceback.TracebackException.__init__, before=self._shown)
-        doors.to_attribute(threading, "excepthook", _showing_threads, self._shown)
+            doors.to(function, failed=self._contained(lambda error, *args, **kwargs: self._failed(error)))
+        doors.to(torch.autocast.__exit__, before=self._contained(self._region_left))
+        doors.to(traceback.TracebackException.__init__, before=self._contained(self._shown))
+        doors.to_attribute(threading, "excepthook", _showing_threads, self._contained(self._shown))
 
         def trained(*args: Any, **kwargs: Any) -> None:
             self._trained = True
             first.end()
 
         first.to(engine, after=trained)
-        self._held.callback(undo, on_module_failures(self._module_failed))
+        self._held.callback(undo, on_module_failures(self._contained(self._module_failed)))
+
+    def _contained(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """Keep a callback from raising into the program."""
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            try:
+                callback(*args, **kwargs)
+            except RecursionError:
+                # The program is at the recursion limit.
+                return
+            except Exception as fault:  # noqa: BLE001
+                self._checker.switch_off(bare(fault))
+
+        return call
 
     def _region_left(self, region: torch.autocast, kind: Any = None, error: Any = None, trace: Any = None) -> None:
         if error is not None:
@@ -131,10 +145,6 @@ class Caught:
         self._busy = True
         try:
             self._examine(error, called, showing)
-        except RecursionError:
-            return
-        except Exception as fault:  # noqa: BLE001
-            self._checker.switch_off(fault)
         finally:
             self._busy = False
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch._guards import TracingContext
 
 from ampcheck.checker import AmpChecker, FindingsError
+from ampcheck.export.followed import FollowedExports
 from ampcheck.loops.evaluation import FirstEvaluation
 from ampcheck.loops.shown import (
     held_by,
@@ -77,7 +78,9 @@ class watch:
 
     The first call of ``model`` in training mode with gradients is the fit start and opens the watched step. The first
     such call after an ``optimizer.step()``, or ``model.eval()``, ends it. The first call after ``model.eval()`` is the
-    watched evaluation step. After that nothing is left in place. An exception that leaves the block carries a note.
+    watched evaluation step. After that nothing is left in place but that exports in the block are followed: each result
+    is compared with its module as ``ampcheck.compare`` does, unless ``exports`` is false. An exception that leaves the
+    block carries a note.
 
     ``model`` is the module that the loop calls; ``None`` takes the first one that trains. ``optimizer`` may be several.
     If they are not given, optimizers are looked for among the objects alive at fit start, by the parameters they hold,
@@ -125,6 +128,7 @@ class watch:
         self._autocast = AutocastProbe()
         self._training = ExitStack()
         self._evaluation = FirstEvaluation(self._checker, self._roots, self._evaluation_began, self._contained)
+        self._exports = FollowedExports(self._checker, self._give_up, emit=emit, directory=directory)
         self._outermost: nn.Module | None = None
         self._attached: nn.Module | None = None
         self._strangers: list[torch.optim.Optimizer] = []
@@ -164,6 +168,8 @@ class watch:
         self._training.callback(undo, steps.end)
         steps.to(torch.optim.Optimizer._optimizer_step_code, before=self._stepped)
         self._evaluation.wait()
+        if self._checker.follows_exports:
+            self._exports.begin()
 
     def _wait(self) -> None:
         """Wait for the first call of a module that trains, wherever it comes from."""
@@ -210,9 +216,9 @@ class watch:
     def _let_go(self) -> None:
         """Remove everything, even if one of the removals raises."""
         self._state = _State.DONE
-        for held in (self._training, self._evaluation):
+        for close in (self._training.close, self._evaluation.close, self._exports.give_back):
             try:
-                held.close()
+                close()
             except Exception as error:  # noqa: BLE001
                 self._checker.switch_off(error)
 
@@ -242,14 +248,20 @@ class watch:
         self._checker.nothing_seen(reason, emit=self._context["emit"], directory=self._context["directory"])
 
     def _contained(self, hook: Callable[..., None]) -> Callable[..., None]:
-        """Limit ``hook`` to the process and thread that watch, and to raising nothing but ``FindingsError``."""
+        """Limit ``hook`` to the process and thread that watch, and to raising nothing but ``FindingsError``.
+
+        The first thread to train is the one that watches.
+        """
+        may_begin = hook == self._called
 
         def call(*args: Any) -> None:
             try:
                 # Dynamo must trace the user's program alone; it also calls modules just for their shapes.
                 if torch.compiler.is_dynamo_compiling() or TracingContext.try_get() is not None:
                     return
-                if self._in_training_thread(hook == self._called):
+                process, thread = os.getpid(), threading.get_ident()
+                begins = may_begin and self._state is _State.WAITING
+                if process == self._thread[0] and (begins or thread == self._thread[1]):
                     with torch._C.DisableTorchFunction():
                         self._safely(hook, *args)
             except RecursionError:
@@ -257,12 +269,6 @@ class watch:
                 return
 
         return call
-
-    def _in_training_thread(self, training: bool = False) -> bool:
-        """Whether this is the thread that trains: the first one to call a module that does, else the one that waits."""
-        if training and self._state is _State.WAITING and os.getpid() == self._thread[0]:
-            return True
-        return (os.getpid(), threading.get_ident()) == self._thread
 
     def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._fault is not None:
@@ -363,7 +369,7 @@ class watch:
             self._checker.scaled_by(scaler, self._precision or precision_with(scaler, precision))
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._fault is not None or not self._in_training_thread():
+        if self._fault is not None or (os.getpid(), threading.get_ident()) != self._thread:
             return
         try:
             held = held_by(optimizer)

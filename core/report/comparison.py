@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
+from ampcheck.rules.rule import Finding, Severity
 from ampcheck.trace import Comparison, ModuleError
 
 _SHOWN = 10
 
 
-def comparison_lines(comparison: Comparison, name: str) -> Iterator[Text]:
+def comparison_lines(comparison: Comparison, name: str, findings: Sequence[Finding] = ()) -> Iterator[Text]:
     """``ampcheck  TorchScript trace against eager · equal on 5 inputs``, what was compared, and a table."""
-    verdict = ("equal", "green") if comparison.equal else ("differs", "bold red")
-    if comparison.equal and any(cause.reason == "unsettled" for cause in comparison.causes):
-        verdict = ("equal where rounding does not decide", "yellow")
-    if not comparison.export:
-        verdict = ("within tolerance", "green") if comparison.equal else ("not within tolerance", "yellow")
+    wrong = any(finding.severity is Severity.ERROR for finding in findings)
     yield Text.assemble(
-        (name, "bold"), f"  {comparison.second} against {comparison.first} · ", verdict, f" on {_inputs(comparison)}"
+        (name, "bold"),
+        f"  {comparison.second} against {comparison.first} · ",
+        _verdict(comparison, wrong),
+        f" on {_inputs(comparison)}",
     )
     for output in comparison.outputs:
         yield Text(
@@ -30,10 +30,30 @@ def comparison_lines(comparison: Comparison, name: str) -> Iterator[Text]:
     first = comparison.first_module
     if first is not None and not comparison.equal:
         yield Text(f"   first module whose output differs  {first.module or '(the model)'}")
+    if comparison.left_out is not None:
+        yield Text(f"   inputs  {comparison.left_out}")
     if comparison.unseen is not None:
         yield Text(f"   modules  not compared: {comparison.unseen}")
     if comparison.modules and (not comparison.export or not comparison.equal):
         yield from _table(comparison.ranked()[:_SHOWN])
+
+
+def verdict_line(comparison: Comparison) -> Text:
+    """``equal to the eager model on 5 inputs``"""
+    count = len(comparison.inputs)
+    text = Text.assemble(_verdict(comparison, False), f" on {count} input{'' if count == 1 else 's'}")
+    return text.append(f" ({comparison.left_out})" if comparison.left_out is not None else "")
+
+
+def _verdict(comparison: Comparison, wrong: bool) -> tuple[str, str]:
+    """One word or two. ``wrong``: a finding says that the export is wrong, even where its outputs cannot show it."""
+    if not comparison.export:
+        return ("within tolerance", "green") if comparison.equal else ("not within tolerance", "yellow")
+    if wrong or not comparison.equal:
+        return "differs", "bold red"
+    if any(cause.reason == "unsettled" for cause in comparison.causes):
+        return "equal where rounding does not decide", "yellow"
+    return "equal", "green"
 
 
 def _inputs(comparison: Comparison) -> str:

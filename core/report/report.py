@@ -18,7 +18,7 @@ from rich.text import Text
 from ampcheck.report.text import render
 from ampcheck.rules.rule import Edit, Finding, Severity
 from ampcheck.source.lines import short_path
-from ampcheck.trace import Comparison, ModuleCall, Site, Trace
+from ampcheck.trace import Comparison, Export, ModuleCall, Site, Trace
 from ampcheck.version import __version__
 
 SCHEMA = "ampcheck/1"
@@ -74,6 +74,7 @@ class Report:
             else {"type": failure.type, "message": failure.message, "phase": failure.phase, "step": failure.step},
             "modules": _modules(trace),
             **({"comparison": _comparison(trace.comparison)} if trace.comparison is not None else {}),
+            **({"exports": [_export(export) for export in trace.exports]} if trace.exports else {}),
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -154,6 +155,19 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
         "first_module": first.module if first is not None else None,
         "modules": [_finite(asdict(module)) for module in comparison.modules],
         "modules_unseen": comparison.unseen,
+        **({} if comparison.left_out is None else {"left_out": comparison.left_out}),
+    }
+
+
+def _export(export: Export) -> dict[str, Any]:
+    failure, comparison = export.failure, export.comparison
+    return {
+        "function": export.function,
+        "model": export.model,
+        "site": _site(export.site) if export.site is not None else None,
+        **({} if export.left_out is None else {"left_out": export.left_out}),
+        **({} if comparison is None else {"comparison": _comparison(comparison)}),
+        **({} if failure is None else {"failure": {"type": failure.type, "message": failure.message}}),
     }
 
 

@@ -90,6 +90,12 @@ class Teller:
         if aloud or not keeps:
             self.say(Text(note), logging.ERROR)
 
+    def remember(self, findings: Iterable[Finding]) -> list[Finding]:
+        """The findings that were not reported yet, from now on taken as reported."""
+        new = [finding for finding in findings if finding not in self._told]
+        self._told += new
+        return new
+
     def say_not_judged(self, not_judged: Mapping[str, str]) -> None:
         if not_judged and rank() == 0:
             self.say(not_judged_line(not_judged))

@@ -9,10 +9,11 @@ from typing import Any
 from rich.text import Text
 
 from ampcheck.precision import LOW_PRECISION
-from ampcheck.report.comparison import comparison_lines
+from ampcheck.report.comparison import comparison_lines, verdict_line
 from ampcheck.rules.rule import Finding, Severity
 from ampcheck.source.lines import short_path
-from ampcheck.trace import ModelInfo, Site, StepTrace, Trace
+from ampcheck.source.printable import shown
+from ampcheck.trace import Export, ModelInfo, Site, StepTrace, Trace
 
 NAME = "ampcheck"
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
@@ -31,12 +32,13 @@ _DONE = {
 def render(trace: Trace, findings: Sequence[Finding], not_judged: Mapping[str, str]) -> Text:
     """The whole report: fit start, what was watched, the findings and what was not judged."""
     if trace.comparison is not None:
-        blocks = list(comparison_lines(trace.comparison, NAME))
+        blocks = list(comparison_lines(trace.comparison, NAME, findings))
         return Text("\n").join([*blocks, *(render_finding(finding, trace) for finding in findings)])
     lines = [fit_line(trace, findings)]
     for phase, step in (("training", trace.training), ("evaluation", trace.evaluation)):
         if step is not None:
             lines.append(step_line(phase, step))
+    lines += map(export_line, trace.exports)
     blocks = [*lines, *(render_finding(finding, trace) for finding in findings)]
     if not_judged:
         blocks.append(not_judged_line(not_judged))
@@ -68,6 +70,17 @@ def step_line(phase: str, step: StepTrace, findings: Sequence[Finding] | None = 
     calls += "".join(f", {n} with {dtype} parameters" for dtype, n in cast.most_common())
     plural = f"{step.steps} {phase} steps" if step.steps > 1 else f"{phase} step"
     return _line([f"watched {plural}", calls], findings)
+
+
+def export_line(export: Export) -> Text:
+    """``ampcheck  torch.jit.trace of Net at train.py:30 · equal to the eager model on 5 inputs``"""
+    at = f" at {export.site}" if export.site is not None else ""
+    text = Text.assemble((NAME, "bold"), f"  {export.function} of {shown(export.model)}{at} · ")
+    if export.failure is not None:
+        return text.append(f"failed: {export.failure.type}", "bold red")
+    if export.comparison is None:
+        return text.append(f"not compared: {export.left_out}")
+    return text.append_text(verdict_line(export.comparison))
 
 
 def not_judged_line(not_judged: Mapping[str, str]) -> Text:

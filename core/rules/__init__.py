@@ -18,6 +18,7 @@ from ampcheck.rules.double_precision import double_precision
 from ampcheck.rules.dtype_mismatch import dtype_mismatch
 from ampcheck.rules.ema_low_precision import ema_low_precision
 from ampcheck.rules.export_differs import export_differs
+from ampcheck.rules.export_failed import export_failed
 from ampcheck.rules.first_step_skipped import first_step_skipped
 from ampcheck.rules.float32_diverges_too import float32_diverges_too
 from ampcheck.rules.fully_masked_softmax import fully_masked_softmax
@@ -124,5 +125,6 @@ RULES: tuple[Rule, ...] = (
     constant_baked_into_trace,
     opaque_call_in_graph,
     autocast_captured_in_trace,
+    export_failed,
     internal_error,
 )

@@ -104,9 +104,11 @@ def _said(cause: Cause, comparison: Comparison) -> str:
     if cause.reason == "frozen-shape":
         return f"The {second} is fixed to the sizes of its example: {cause.detail}."
     if cause.reason == "training-mode":
-        what = "Dropout" if cause.detail == "dropout" else "Batch norm"
+        op, _, others = cause.detail.partition(": ")
+        what = "Dropout" if op == "dropout" else "Batch norm"
         does = "drops at random" if what == "Dropout" else "normalizes by the statistics of each batch"
-        return f"{what} was left in training mode: in {where} the {second} {does}{at}."
+        more = f", and in {some(others.split(', '))}" if others else ""
+        return f"{what} was left in training mode: in {where} the {second} {does}{at}{more}."
     if cause.reason == "buffer-update":
         who, _, names = cause.detail.partition(": ")
         buffers = some(names.split(", "))

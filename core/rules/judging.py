@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from ampcheck.rules import RULES
 from ampcheck.rules.rule import Finding, Rule, Severity, told
-from ampcheck.trace import Trace
+from ampcheck.trace import Export, Trace
 
 
 def selected(select: str | Iterable[str] = (), ignore: str | Iterable[str] = ()) -> tuple[Rule, ...]:
@@ -39,7 +40,16 @@ def judge(
             findings.extend(rule(judged))
         elif missing in judged.unobserved:
             not_judged[rule.code] = judged.unobserved[missing]
+        elif missing in ("comparison", "export_failure"):
+            findings.extend(found for export in trace.exports for found in _judged(rule, trace, export))
     return tuple(sorted(told(findings), key=lambda finding: (-finding.severity, finding.code))), not_judged
+
+
+def _judged(rule: Rule, trace: Trace, export: Export) -> Iterator[Finding]:
+    """What a rule finds in an export of the run, with the line that made the export."""
+    alone = replace(trace, comparison=export.comparison, export_failure=export.failure)
+    for finding in rule(alone) if rule.missing(alone) is None else ():
+        yield replace(finding, sites=(*finding.sites, *([export.site] if export.site is not None else ())))
 
 
 def reaching(findings: Iterable[Finding], severity: Severity | None) -> tuple[Finding, ...]:

@@ -42,6 +42,7 @@ from ampcheck.trace.dtype_failures import (
     SourceRegion,
     UnsafeLoss,
 )
+from ampcheck.trace.export import Export, ExportFailure, ExportFault
 from ampcheck.trace.failure import Facts, Failure, described
 from ampcheck.trace.graph import Carried, GraphTrace, Silent, StaleTensor, UncheckedSave, Write, Writer
 from ampcheck.trace.model import (
@@ -103,6 +104,9 @@ __all__ = [
     "Disorder",
     "DtypeMismatch",
     "Environment",
+    "Export",
+    "ExportFailure",
+    "ExportFault",
     "Facts",
     "FailedOperand",
     "FailedOperation",

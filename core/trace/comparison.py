@@ -111,7 +111,8 @@ class Cause:
 class Comparison:
     """A model in two forms, run on the same inputs. ``modules`` are in the order in which their calls ended, for the
     inputs that differ most; ``unseen`` says why there are none. ``rounding`` is set if low-precision rounding causes
-    the difference: both are equally far from float32 (the two relative errors)."""
+    the difference: both are equally far from float32 (the two relative errors). ``left_out`` says which inputs were not
+    tried, and why."""
 
     first: str
     second: str
@@ -126,6 +127,7 @@ class Comparison:
     casts: tuple[CapturedCasts, ...] = ()
     rounding: tuple[float, float] | None = None
     export: bool = True
+    left_out: str | None = None
 
     @property
     def equal(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from ampcheck.precision import Precision
 from ampcheck.trace.comparison import Comparison
+from ampcheck.trace.export import Export, ExportFailure
 from ampcheck.trace.failure import Failure
 from ampcheck.trace.graph import GraphTrace
 from ampcheck.trace.model import Environment, Host, ModelInfo, OptimizerInfo, ScalerInfo
@@ -27,8 +28,10 @@ class Seen(NamedTuple):
 class Trace:
     """All that is known about a run. A fact that was not observed is ``None``, and ``unobserved`` says why, by field.
 
-    ``numbers`` are the steps that were not finite. ``internal_error`` is the exception that made AmpCheck switch itself
-    off, in one line.
+    ``numbers`` are the steps that were not finite. ``exports`` are those that the run made; each is judged with its own
+    ``comparison`` and ``export_failure``.
+
+    ``internal_error`` is the exception that made AmpCheck switch itself off, in one line.
     """
 
     precision: Precision = field(default_factory=Precision)
@@ -46,6 +49,8 @@ class Trace:
     numbers: tuple[NonFinite, ...] | None = None
     state: StateNotFinite | None = None
     skips: Skips | None = None
+    export_failure: ExportFailure | None = None
+    exports: tuple[Export, ...] = ()
     unobserved: Mapping[str, str] = field(default_factory=dict)
     internal_error: str | None = None
 

@@ -172,3 +172,9 @@ def traces_left() -> dict[str, Any]:
         left[f"codes of {owner.__name__}"] = functions
     left["sys"] = sys.excepthook, sys.getprofile(), sys.gettrace(), threading.excepthook
     return left
+
+
+def exports_left() -> dict[str, Any]:
+    """The code of PyTorch's export functions, which is exchanged until a run ends."""
+    owners = (torch.jit, torch.jit._script.RecursiveScriptModule, torch.export, torch.onnx)
+    return {f"codes of {o.__name__}": {k: getattr(v, "__code__", None) for k, v in vars(o).items()} for o in owners}

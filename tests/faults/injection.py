@@ -23,7 +23,7 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
-from loops import random_state, traces_left
+from loops import exports_left, random_state, traces_left
 
 from ampcheck.source.lines import LISTENING, is_ours
 
@@ -139,7 +139,7 @@ def _forget() -> None:
 def run(program: Program, arm: Callable[[], Any] = contextlib.nullcontext) -> Run:
     """Run ``program(arm, told, models)`` from one random state; it adds its models to ``models``."""
     _forget()
-    before = traces_left()
+    before = traces_left() | exports_left()
     torch.manual_seed(0)
     done = Run()
     models: list[Any] = []
@@ -167,5 +167,6 @@ def run(program: Program, arm: Callable[[], Any] = contextlib.nullcontext) -> Ru
     for _ in range(2):
         gc.collect()
     done.alive = sum(reference() is not None for reference in references)
-    done.left = {name: value for name, value in traces_left().items() if value != before[name]}
+    left = traces_left() | exports_left()
+    done.left = {name: value for name, value in left.items() if value != before[name]}
     return done

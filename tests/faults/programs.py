@@ -1,4 +1,4 @@
-"""Training programs that between them reach all of AmpCheck but the exports and the hosts.
+"""Training programs that between them reach all of AmpCheck but the hosts.
 
 Each takes ``arm``, inside of which AmpCheck may be made to fail, the list that AmpCheck talks into, and one for the
 models; ``None`` in place of that first list runs the same without AmpCheck.
@@ -227,6 +227,32 @@ def untrained(arm: Arm, told: list[str] | None, models: list[Any]) -> Any:
     return 0
 
 
+def exports(arm: Arm, told: list[str] | None, models: list[Any]) -> Any:
+    """Trains, exports, and goes on after an export that dies."""
+    model = CNN()
+    models.append(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with arm(), guard(told, model, optimizer=optimizer):
+        losses = [step(model, optimizer, batch, None) for batch in batches(2, 8)]
+        example = next(iter(batches(1, 2)))[0]
+        traced = torch.jit.trace(model.eval(), example, check_trace=False)
+        with contextlib.suppress(RuntimeError):
+            torch.jit.trace(Unregistered(), torch.ones(2))
+        losses.append(traced(example))
+    return after(model, optimizer, losses, None)
+
+
+class Unregistered(nn.Module):
+    """Cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = [torch.ones(2, requires_grad=True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gains[0]
+
+
 PROGRAMS: dict[str, Callable[..., Any]] = {
     "trains": loop(Net, scaled=True),
     "trains unasked": loop(Net, given=False),
@@ -244,4 +270,5 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "dies by itself": loop(lambda: Fails("raise")),
     "dies by itself later": loop(lambda: Fails("raise after", 1)),
     "compiled": compiled,
+    "exports": exports,
 }

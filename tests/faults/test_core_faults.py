@@ -65,6 +65,14 @@ CONTAINS = {
 # What a fault costs there is a detail of a report, which is told without it.
 DETAILS = (
     "checker-AmpChecker._replay.probes",
+    "export/causes-",
+    "export/compare-",
+    "export/eager-",
+    "export/graph-",
+    "export/opened-",
+    "export/runs-",
+    "export/torchscript-",
+    "export/values-",
     "failure/__init__-_message",
     "observe/again-Again.runs_with",
     "observe/edited-",

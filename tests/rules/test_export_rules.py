@@ -1,20 +1,24 @@
-"""AMP601 to AMP604 on hand-built comparisons."""
+"""AMP601 to AMP605 on hand-built comparisons and failures."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rules.traces import ERROR, WARNING, findings, found, model, only
 
 from ampcheck.rules import RULES
+from ampcheck.rules.judging import judge
 from ampcheck.trace import (
     BakedConstant,
     CapturedCasts,
     Cause,
     Comparison,
+    Export,
+    ExportFailure,
+    ExportFault,
     ModuleError,
     OpaqueCall,
     OutputError,
@@ -32,6 +36,14 @@ BRANCH = Cause("data-dependent", "gate", "is True on the example and False on fr
 CONSTANT = BakedConstant("attention", "float32", (8, 64), LINE, "extension:deform_forward")
 OPAQUE = OpaqueCall("python", "round_", "head", LINE)
 CASTS = CapturedCasts("float16", "head", 2, LINE)
+
+DIED = ExportFailure(
+    "torch.export.export",
+    "GuardOnDataDependentSymNode",
+    "Could not guard on data-dependent expression Eq(u0, 1)",
+    "data-dependent-branch",
+    sites=(LINE,),
+)
 
 VERDICT = (
     "1 output of the TorchScript trace differs from the eager model's (largest absolute error 0.5, relative 0.25, on "
@@ -57,6 +69,7 @@ PAIRS = (
     ("AMP602", compared(constants=(CONSTANT,)), compared(opaque=(OPAQUE,))),
     ("AMP603", compared(opaque=(OPAQUE,)), compared(constants=(CONSTANT,))),
     ("AMP604", compared(casts=(CASTS,)), compared(opaque=(OPAQUE,))),
+    ("AMP605", Trace(export_failure=DIED), Trace(export_failure=dataclasses.replace(DIED, fault=None))),
 )
 
 
@@ -363,3 +376,35 @@ class TestAutocastCapturedInTrace:
         )
         assert finding.evidence == {"relative_exported": 2e-3, "relative_eager": 1e-3}
         assert finding.fix.startswith("Export in float32, or keep the normalization")
+
+
+class TestExportFailed:
+    def test_a_branch(self):
+        finding = only(Trace(export_failure=DIED))
+        assert (finding.code, finding.severity, finding.sites) == ("AMP605", ERROR, (LINE,))
+        assert finding.message == (
+            "Which branch is taken depends on the values of a tensor at model.py:40. `torch.export.export` stopped "
+            "there: Could not guard on data-dependent expression Eq(u0, 1)."
+        )
+        assert finding.evidence == {"reason": "data-dependent-branch", "detail": "", "handled": False}
+
+    def test_a_failure_that_the_program_handles_is_a_warning(self):
+        assert only(Trace(export_failure=dataclasses.replace(DIED, handled=True))).severity == WARNING
+
+    def test_every_cause_has_a_sentence_and_a_fix(self):
+        faults = get_args(ExportFault)
+        told = [only(Trace(export_failure=dataclasses.replace(DIED, fault=fault, detail="17"))) for fault in faults]
+        assert len({finding.message for finding in told}) == len({finding.fix for finding in told}) == len(faults)
+
+
+def test_every_export_of_a_run_is_judged_with_its_own_line():
+    line = Site("/work/train.py", 12, "main", "torch.jit.trace(model, x)", op="torch.jit.trace")
+    branch = compared(APART, causes=(BRANCH,)).comparison
+    exports = (
+        Export("torch.jit.trace", "Net", line, comparison=branch),
+        Export("torch.jit.trace", "Net", line, comparison=compared().comparison),
+        Export("torch.export.export", "Net", failure=DIED),
+    )
+    first, second = judge(Trace(exports=exports), RULES)[0]
+    assert (first.code, first.sites) == ("AMP601", (LINE, line))
+    assert (second.code, second.sites) == ("AMP605", (LINE,))
