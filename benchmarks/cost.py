@@ -221,6 +221,25 @@ def steady_state(rounds: int) -> dict[str, dict[str, float]]:
         return in_turn(loop(checked), {"the loop without AmpCheck": loop(plain)}, rounds)
 
 
+def guarded(name: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Steps under ``numerics="guard"``, which looks at the loss and a few gradients of each, against plain ones."""
+    job = Job(MODELS[name]())
+
+    def loop() -> None:
+        for _ in range(5):
+            job.step()
+
+    def seconds_guarded() -> float:
+        checker = ampcheck.AmpChecker(report=False, numerics="guard")
+        checker.attach(job.model, optimizers=[job.optimizer], emit=lambda text: None)
+        job.step()
+        took = seconds(loop)
+        checker.detach()
+        return took
+
+    return in_turn(seconds_guarded, {"the loop without it": clock(loop)}, rounds)
+
+
 def calls_a_batch(batches: int = 50) -> float:
     """Python calls into AmpCheck per batch, after the watched step."""
     job = Job(convolutional())
@@ -363,6 +382,8 @@ def main() -> None:
         anomaly = 1.0 if name == "convolutional net" else 0.5
         rows(f"watched step, {name}", watched_step(name, rounds), {"plain": 1.5, "anomaly": anomaly})
     rows("20 later steps", steady_state(rounds), {"loop": 1.0})
+    for name in ("convolutional net", "transformer"):
+        rows(f"numerics='guard', {name}", guarded(name, 2 * rounds), {"loop": 1.01})
     rows("peak memory of a watched step", {"a plain step": peak_memory(rounds)}, {"plain": 1.05})
     results["failure"] = {name: failure_to_note(name, rounds) for name in MODELS}
     results["calls_a_batch"] = calls_a_batch()

@@ -24,6 +24,7 @@ from torch import nn
 from ampcheck.failure import examine
 from ampcheck.observe.again import FailedAgain
 from ampcheck.observe.edited import Edited, keeps_effect
+from ampcheck.observe.numerics import Numerics
 from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
@@ -48,17 +49,27 @@ from ampcheck.report.text import NAME, export_line, fit_line, step_line
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.judging import judge, reaching, selected, threshold
 from ampcheck.rules.rule import Edit, Finding, Severity
-from ampcheck.run import Held, Run
-from ampcheck.trace import Export, Failure, GraphFreed, GraphTrace, Host, NoGraph, Phase, SavedTensorModified, Trace
+from ampcheck.run import FindBatch, Held, Rerun, Run
+from ampcheck.trace import (
+    Export,
+    Failure,
+    GraphFreed,
+    GraphTrace,
+    Host,
+    NoGraph,
+    NonFinite,
+    Phase,
+    SavedTensorModified,
+    Trace,
+    ValueRejected,
+)
 
 _DIAGNOSED = "_ampcheck_diagnosed"
 _EXPORT = "_ampcheck_export"
 _NOTHING = contextlib.nullcontext()
 # Each rerun covers more of the program around the failing line, and costs about as much as the step.
 _MOST_RERUNS = 4
-
-Rerun = Callable[[], object]
-FindBatch = Callable[[Iterable[FrameType]], Rerun | None]
+NUMERICS = ("off", "free", "guard", "stop")
 
 
 class FindingsError(Exception):
@@ -86,8 +97,10 @@ class AmpChecker:
     ``select`` and ``ignore`` take rule codes or prefixes of them. ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) makes ``attach`` and the watched step raise ``FindingsError``. ``watch_steps`` is the number of
     training steps to watch. ``report`` is the path of the JSON report, true for ``ampcheck.json`` in the directory that
-    the host names, or false for none. ``exports``: whether the exports that the run makes are compared. Raises
-    ``ValueError`` for invalid options, ``TypeError`` for options of the wrong type.
+    the host names, or false for none. ``exports``: whether the exports that the run makes are compared. ``numerics``
+    says how to look for losses and gradients that are not finite: ``"free"`` only where training stops anyway,
+    ``"guard"`` once a step, ``"stop"`` once a step before the optimizer's, raising ``FloatingPointError``, and
+    ``"off"`` not at all. Raises ``ValueError`` for invalid options, ``TypeError`` for options of the wrong type.
 
     No method raises anything but ``FindingsError``: a fault in AmpCheck itself becomes one warning, and the checker
     switches itself off.
@@ -102,19 +115,23 @@ class AmpChecker:
         watch_steps: int = 1,
         report: bool | str | os.PathLike[str] = True,
         exports: bool = True,
+        numerics: str = "free",
     ) -> None:
+        if numerics not in NUMERICS:
+            raise ValueError(f"numerics must be 'off', 'free', 'guard' or 'stop', not {numerics!r}")
         if isinstance(watch_steps, bool) or not isinstance(watch_steps, int) or watch_steps < 0:
             raise ValueError(f"watch_steps must be a number of steps, 0 or more, not {watch_steps!r}")
         if not isinstance(report, (bool, str, os.PathLike)):
             raise TypeError(f"report must be a path, true or false, not {type(report).__name__}")
         select, ignore = _codes("select", select), _codes("ignore", ignore)
         self._options: dict[str, Any] = {"select": select, "ignore": ignore, "fail_on": fail_on}
-        self._options |= {"watch_steps": watch_steps, "report": report, "exports": exports}
+        self._options |= {"watch_steps": watch_steps, "report": report, "exports": exports, "numerics": numerics}
         self._rules = selected(select, ignore)
         self._fail_on = threshold(fail_on)
         self._watch_steps = watch_steps
         self._destination = report
         self.follows_exports = exports
+        self._numerics = numerics
         self._run = self._new_run()
 
     def _new_run(self) -> Run:
@@ -169,7 +186,7 @@ class AmpChecker:
                 return None
             run.teller.emit, run.teller.log = emit, log
             run.teller.directory = Path(directory) if directory is not None else None
-            run.held = held = Held(model, unwrapped(model), tuple(optimizers), scaler)
+            run.held = held = Held(model, unwrapped(model), tuple(optimizers), scaler, averaged)
             with alone():
                 info = replace(walk(held.model), compiled=is_compiled(model))
                 scaling = scaler is not None and scaler.is_enabled()
@@ -185,6 +202,11 @@ class AmpChecker:
                 )
             if not again:
                 run.expect(self._watch_steps, info.device_type)
+            run.numerics = run.numerics or self._looking(held, info.device_type)
+            if run.numerics is not None:
+                run.numerics.scaled_by(scaler)
+                if self._numerics != "free":
+                    run.numerics.begin()
             self._judge("fit start", lambda findings: fit_line(run.trace, findings), quiet=again)
             self.enforce()
         except FindingsError:
@@ -205,6 +227,8 @@ class AmpChecker:
             run.held = run.held._replace(scaler=scaler)
             precision = precision_by_policy(run.trace.model, precision, scaler.is_enabled())
             run.trace = replace(run.trace, scaler=examine_scaler(scaler), precision=precision)
+            if run.numerics is not None:
+                run.numerics.scaled_by(scaler)
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
@@ -241,6 +265,7 @@ class AmpChecker:
         used a tensor that was overwritten unseen, ``batch`` is called with the frames that run it, innermost first: it
         returns the ``batch`` of ``diagnose`` for this step, or ``None``.
         """
+        self._run.find_batch = batch
         return self._step("training", None, autocast, batch) if self._run.training_left > 0 else _NOTHING
 
     def evaluation_step(
@@ -306,6 +331,11 @@ class AmpChecker:
             trace = replace(run.trace, failure=failure)
             for one in seen:
                 trace = trace.showing(one)
+            if isinstance(failure.facts, ValueRejected):
+                steps = functools.partial(self._failed_steps, error, batch)
+                found = run.numerics.rejected(error, steps, step) if run.numerics is not None else None
+                if found is not None:
+                    trace = replace(trace, numbers=(replace(found, precision=trace.precision.dtype),))
             if isinstance(failure.facts, SavedTensorModified) and run.held is not None:
                 graph = trace.graph or GraphTrace()
                 if not graph.stale:
@@ -313,7 +343,7 @@ class AmpChecker:
                     trace = replace(trace, graph=replace(graph, stale=stale_behind(error, run.held.model)))
             report = self._judge_failure(trace, functools.partial(self._runs_with, error, batch, again))
             if failure.facts is not None:
-                crashes = {rule.code for rule in self._rules if "failure" in rule.needs}
+                crashes = {rule.code for rule in self._rules if {"failure", "numbers"}.intersection(rule.needs)}
                 findings = (one for one in report.findings if one.severity is Severity.ERROR or one.code in crashes)
                 run.teller.note(error, findings, trace, aloud=swallowed)
             run.failures.append(report)
@@ -322,6 +352,87 @@ class AmpChecker:
                 self.switch_off(fault)
         except Exception as fault:  # noqa: BLE001 - the user's exception stays in front, whatever happens to ours
             self.switch_off(fault)
+
+    def look(self, moment: str, *, steps: int | None = None) -> None:
+        """Look at the numbers where training stops anyway: at weights, statistics, the averaged model and the scale.
+
+        ``moment`` says when that is (``"at the end of epoch 3"``), ``steps`` how many optimizer steps the host has
+        asked for since fit start, skipped ones included. If something is wrong, the numbers of the next steps are
+        looked at too. Raises ``FindingsError``.
+        """
+        run = self._run
+        # A failure is what the report is about from then on.
+        if run.off or run.numerics is None or (run.report is not None and run.report.trace.failure is not None):
+            return
+        try:
+            state, skips = run.numerics.look(moment, steps)
+            run.trace = replace(run.trace, state=run.trace.state or state, skips=skips)
+            findings = self._tell_own()
+            if self._numerics == "free" and (state is not None or any(one.code == "AMP512" for one in findings)):
+                run.numerics.rearm()
+            self.enforce()
+        except FindingsError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+
+    def _tell_own(self, error: Exception | None = None) -> tuple[Finding, ...]:
+        """Judge anew and report on this rank alone, where others may be in another step; as a note on ``error``."""
+        run = self._run
+        findings, not_judged = judge(run.trace, self._rules)
+        run.report = Report(run.trace, self._with_survived(tuple(map(self._tried, findings))), not_judged)
+        if error is not None:
+            run.teller.note(error, run.report.findings, run.trace)
+            run.teller.write(run.report)
+        else:
+            run.teller.tell_own(run.report)
+        return findings
+
+    def _looking(self, held: Held, device_type: str) -> Numerics | None:
+        """What looks at the numbers of this run."""
+        if self._numerics == "off":
+            return None
+        return Numerics(
+            held.model,
+            device_type,
+            held.optimizers,
+            held.scaler,
+            held.averaged,
+            steps_of=self._running_steps,
+            found=self._not_finite,
+            failed=self.switch_off,
+            every=self._numerics == "stop",
+        )
+
+    def _running_steps(self, frame: FrameType) -> Iterable[Rerun]:
+        """What computes the loss of a running step again, smallest first."""
+        find = self._run.find_batch
+        if find is not None:
+            batch = find(one for one, _ in walk_stack(frame))
+            return () if batch is None else (batch,)
+        if self._run.trace.host is not None:
+            return ()
+        return itertools.islice(of_frame(frame, failed=True), _MOST_RERUNS)
+
+    def _not_finite(self, found: NonFinite) -> None:
+        """Report a step whose loss or gradients are not finite, and stop there if that was asked for."""
+        run = self._run
+        stop = FloatingPointError(f"the {found.root} of step {found.step} is not finite")
+        try:
+            if run.off:
+                return
+            found = replace(found, precision=run.trace.precision.dtype)
+            run.trace = replace(run.trace, numbers=(*(run.trace.numbers or ()), found))
+            self._tell_own(stop if self._numerics == "stop" else None)
+            setattr(stop, _DIAGNOSED, True)
+            self.enforce()
+        except FindingsError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            self.switch_off(error)
+            return
+        if self._numerics == "stop":
+            raise stop
 
     def _failing_again(self, error: Exception, failure: Failure, batch: Rerun | None) -> FailedAgain | None:
         """What a replay shows of the failing batch or, in a plain loop, of the loop's own statements."""
@@ -403,7 +514,7 @@ class AmpChecker:
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
         finally:
-            self._run.held = None
+            self._run.held = self._run.numerics = self._run.find_batch = None
             self._run.ended = True
 
     def start_over(self) -> None:

@@ -48,6 +48,13 @@ def run(
     no_exports: Annotated[
         bool, typer.Option("--no-exports", help="Leave exports alone instead of comparing them.")
     ] = False,
+    numerics: Annotated[
+        str,
+        typer.Option(
+            metavar="off|free|guard|stop",
+            help="Look for losses and gradients that are not finite: at every step (guard), and stop there (stop).",
+        ),
+    ] = "guard",
 ) -> int:
     """Run a training script, unmodified, under the checker."""
     from ampcheck.loops.script import run as run_under_checker
@@ -70,6 +77,7 @@ def run(
             watch_steps=watch_steps,
             report=json or False,
             exports=not no_exports,
+            numerics=numerics,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ampcheck.observe.again import Again
+from ampcheck.observe.numerics import Numerics
 from ampcheck.observe.step import WatchedStep
 from ampcheck.report import Report
 from ampcheck.report.teller import Teller
@@ -23,6 +26,11 @@ class Held(NamedTuple):
     model: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
     scaler: torch.amp.GradScaler | None
+    averaged: nn.Module | None = None
+
+
+Rerun = Callable[[], object]
+FindBatch = Callable[[Iterable[FrameType]], "Rerun | None"]
 
 
 @dataclass
@@ -31,8 +39,8 @@ class Run:
 
     The run is attached while it holds the user's objects. ``open`` are the steps being watched, ``died`` is what the
     last one showed that an exception left, ``failures`` the reports on exceptions, and ``survived`` what was found on
-    those that the program went on after. ``left`` are the
-    positions of the exports whose exceptions left the program.
+    those that the program went on after. ``left`` are the positions of the exports whose exceptions left the program.
+    ``find_batch`` finds the batch of a host's step in the frames that run it.
     """
 
     teller: Teller
@@ -46,6 +54,8 @@ class Run:
     failures: list[Report] = field(default_factory=list)
     survived: tuple[Finding, ...] = ()
     off: bool = False
+    numerics: Numerics | None = None
+    find_batch: FindBatch | None = None
     ended: bool = False
     left: set[int] = field(default_factory=set)
 
@@ -88,6 +98,8 @@ class Run:
 
     def abandon(self) -> None:
         """Stop watching; the steps being watched show nothing."""
+        if self.numerics is not None:
+            self.numerics.end()
         self.training_left, self.evaluation_left = 0, False
         while self.open:
             self.open.pop().abandon()

@@ -12,9 +12,10 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 from torch import nn
 
-from ampcheck.checker import AmpChecker, FindBatch, FindingsError
+from ampcheck.checker import AmpChecker, FindingsError
 from ampcheck.export.followed import FollowedExports
 from ampcheck.report.teller import Emit
+from ampcheck.run import FindBatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,6 +113,11 @@ class Session:
                 self.put(exports := FollowedExports(self.checker, self.fail))
                 exports.begin()
             self.checker.attach(model, **seen)
+
+    def look(self, moment: str, *, steps: int | None = None) -> None:
+        """``AmpChecker.look``, while a model is attached."""
+        if self.state == "attached":
+            self.checker.look(moment, steps=steps)
 
     def put(self, thing: Returnable) -> None:
         """Call ``thing.give_back()`` at the end of the run, or after an error of the adapter."""

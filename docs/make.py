@@ -41,7 +41,9 @@ _FACTS = {
     "graph": "the autograd graph of the watched step, or of a replay of the failing batch",
     "internal_error": "AmpCheck itself",
     "model": "the model at fit start",
+    "numbers": "a replay of a step whose loss or gradients were not finite",
     "scaler": "the gradient scaler",
+    "skips": "the steps that the optimizer counted, and the loss scale",
     "training": "the watched training step",
     "uncompiled": "a model that is not compiled",
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import linecache
+import math
 import re
 import textwrap
 import warnings
@@ -30,6 +32,9 @@ NOT_RUN = {
     "AMP307": "a collapse takes more steps than are watched; see tests/rules",
     "AMP308": "refused by a host's precision plugin; see tests/failure",
     "AMP407": "two processes that broadcast buffers; see tests/inplace",
+    "AMP511": "batches that break statistics; see tests/core/test_numbers.py",
+    "AMP512": "many steps; see tests/core/test_numbers.py",
+    "AMP515": "weights that grow; see tests/core/test_numbers.py",
     "AMP601": "a trace of a module; see tests/export",
     "AMP111": "a sharded model; see tests/distributed",
     "AMP602": "a compiled extension; see tests/export",
@@ -45,7 +50,7 @@ class Scene:
     """The program around an example, which stands where ``EXAMPLE`` does. ``instead`` is the program around what to
     use instead, where it is another; ``attached``: what is judged is seen without a step. ``setup`` comes before the
     step that is watched as a host does, where `ampcheck.watch` would end it at the first optimizer step. ``warns``: the
-    finding is about what stays so; the repair removes a warning."""
+    finding is about what stays so; the repair removes a warning. ``numbers``: what is found are numbers."""
 
     program: str
     instead: str | None = None
@@ -53,6 +58,7 @@ class Scene:
     attached: bool = False
     setup: str | None = None
     warns: bool = False
+    numbers: bool = False
 
 
 def module(forward: str, init: str = "") -> str:
@@ -76,6 +82,10 @@ AUTOCAST = "with torch.autocast('cpu', dtype=torch.float16):\n    loss = criteri
 SCALER = "scaler = torch.amp.GradScaler('cpu')\n"
 STEP = "scaler.step(optimizer)\nscaler.update()\n"
 SCALED = f"{SCALER}{AUTOCAST}EXAMPLE\n"
+SMALL = (
+    "class Net(nn.Sequential):\n    def __init__(self):\n        super().__init__(nn.Linear(4, 4), nn.Linear(4, 10))\n"
+    "x, y = torch.ones(4, 4), labels\n"
+)
 
 SCENES = {
     "AMP101": Scene(f"{SCALER}EXAMPLE\n{STEP}"),
@@ -177,6 +187,27 @@ SCENES = {
         "for x in torch.ones(3, 4, 4):\n    EXAMPLE\n"
     ),
     "AMP409": Scene("x = images\nEXAMPLE\nloss.backward()"),
+    "AMP501": Scene("output = model(images) * 100\nEXAMPLE\nloss.backward()", numbers=True),
+    "AMP502": Scene(
+        module("q = k = self.stem(x)[None] * 0 + 150\nd = 4\nEXAMPLE\nreturn scores.softmax(-1)").replace(
+            "torch.bfloat16", "torch.float16"
+        ),
+        numbers=True,
+    ),
+    "AMP503": Scene(
+        module("x = self.stem(x).relu() * 0\nEXAMPLE\nreturn x").replace("torch.bfloat16", "torch.float16"),
+        numbers=True,
+    ),
+    "AMP504": Scene("a = model(images)\nb = a.detach()\nEXAMPLE\nloss = distance.sum()\nloss.backward()", numbers=True),
+    "AMP505": Scene(
+        module("scores = self.stem(x)\nmask = torch.ones(4, 4).bool()\nEXAMPLE\nreturn scores"), numbers=True
+    ),
+    "AMP508": Scene(
+        f"{SMALL}EXAMPLE\nloss = criterion(model(x.bfloat16()).float(), y)\nloss.backward()\noptimizer.step()",
+        instead=f"{SMALL}EXAMPLE\nloss.backward()\noptimizer.step()",
+    ),
+    "AMP509": Scene("EXAMPLE\nloss = model(images.half()).float().square().mean()\nloss.backward()"),
+    "AMP510": Scene("x, y = images.clone(), labels\nEXAMPLE\nloss.backward()", numbers=True),
     "AMP410": Scene(
         "hook = lambda module, inputs, outputs: None\nEXAMPLE\nloss = net(torch.ones(2, 3, 8, 8)).sum()\n"
         "loss.backward()"
@@ -227,6 +258,7 @@ def names() -> dict[str, Any]:
     model = Net()
     return {
         "torch": torch,
+        "math": math,
         "nn": nn,
         "F": F,
         "numpy": numpy,
@@ -252,7 +284,11 @@ def run(program: str, names: dict[str, Any]) -> None:
 def findings(program: str, scene: Scene, names: dict[str, Any]) -> tuple[dict[str, Severity], Exception | None]:
     """What is found in ``program``, and what it raised."""
     gc.collect()
-    checker = AmpChecker(report=False, ignore="AMP107")
+    checker = AmpChecker(report=False, ignore="AMP107", numerics="guard" if scene.numbers else "free")
+    if scene.numbers:
+        # What is not finite is explained by running its statements again, from their source.
+        linecache.cache["<example>"] = (len(program), None, program.splitlines(keepends=True), "<example>")
+    names["model"].zero_grad()
     raised: Exception | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

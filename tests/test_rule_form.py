@@ -58,7 +58,7 @@ def test_named_as_its_file(rule):
     module = importlib.import_module(f"ampcheck.rules.{rule.name.replace('-', '_')}")
     assert getattr(module, rule.name.replace("-", "_")) is rule
     assert [value for value in vars(module).values() if isinstance(value, Rule)] == [rule]
-    assert re.fullmatch(r"[a-z]+(-[a-z]+)+", rule.name)
+    assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z]+)+", rule.name)
 
 
 @each_rule

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ampcheck.failure.autocast_call import autocast_call
 from ampcheck.failure.autograd import inference_tensor, internal_overlap, no_graph, saved_tensor_modified, view
 from ampcheck.failure.frames import Scene
+from ampcheck.failure.numbers import rejected_by_check
 from ampcheck.failure.operation import (
     custom_function_state,
     dtype_mismatch,
@@ -30,6 +31,7 @@ from ampcheck.trace import (
     NoGradViewModified,
     ScalerWithoutBfloat16,
     UnsafeLoss,
+    ValueRejected,
     ViewedBaseModified,
 )
 
@@ -401,4 +403,14 @@ AUTOGRAD = (
     ),
 )
 
-SIGNATURES: tuple[Signature, ...] = AUTOCAST_ARGUMENT + SCALER + AUTOGRAD + DTYPES
+NUMBERS = (
+    _signature(
+        _alone(ValueRejected),
+        (Exception,),
+        r"(?i)\b(?:nans?|infs?|infinity|infinite|non[- ]?finite|not finite)\b|invalid numeric entries"
+        r"|cost matrix is infeasible|to satisfy the constraint .*but found invalid values",
+    ),
+    _signature(rejected_by_check, (AssertionError, RuntimeError, ValueError, ArithmeticError), r""),
+)
+
+SIGNATURES: tuple[Signature, ...] = AUTOCAST_ARGUMENT + SCALER + AUTOGRAD + DTYPES + NUMBERS

@@ -31,6 +31,7 @@ def run(
     watch_steps: int = 1,
     report: bool | str | os.PathLike[str] = False,
     exports: bool = True,
+    numerics: str = "guard",
 ) -> int:
     """Run the script (or, with ``module``, the module) ``target`` with ``args`` as ``__main__``, under the checker.
 
@@ -39,7 +40,13 @@ def run(
     error. Raises ``ValueError`` for invalid options, before anything runs.
     """
     checker = AmpChecker(
-        select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report, exports=exports
+        select=select,
+        ignore=ignore,
+        fail_on=fail_on,
+        watch_steps=watch_steps,
+        report=report,
+        exports=exports,
+        numerics=numerics,
     )
     watching, children = watch(None, checker=checker), Children(checker.options, checker.switch_off)
     watching.elsewhere = lambda: children.said

@@ -196,6 +196,7 @@ class watch:
             if self._fault is not None:
                 self._give_up(self._fault)
             self._safely(self._end_step, None if ended else failure)
+            self._safely(self._checker.look, "at the end")
             if self._state is _State.WAITING and ended:
                 self._contained(self._never_trained)()
         finally:
@@ -404,6 +405,7 @@ class watch:
         return tuple(root for one in called for root in (one, unwrapped(one)))
 
     def _evaluation_began(self) -> None:
+        self._checker.look("before the first evaluation")
         if self._step is not None and self._step.optimized:
             self._end_step()
             if not self._checker.watching:

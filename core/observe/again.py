@@ -13,7 +13,7 @@ from torch import nn
 
 from ampcheck.observe.edited import CannotEdit, Edited
 from ampcheck.observe.probes.losses import LossProbe
-from ampcheck.observe.replay import Replay, replay
+from ampcheck.observe.replay import Random, Replay, replay
 from ampcheck.observe.step import WatchedStep
 from ampcheck.trace import GraphTrace, Seen, StepTrace
 
@@ -31,7 +31,7 @@ class FailedAgain(NamedTuple):
     seen: Seen
     step: int | None
     losses: Sequence[float]
-    seed: int | None
+    seed: Random | None
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ampcheck.observe.autograd import leaves_behind
 from ampcheck.observe.probes.listening import nobody_listening
 from ampcheck.observe.probes.modules import on_module_calls
-from ampcheck.observe.state import draw_from, everything_put_back, random_state, same_random_state
+from ampcheck.observe.state import draw_from, everything_put_back, random_state, same_random_state, set_random_state
 from ampcheck.observe.tensors import tensors_in
 from ampcheck.observe.walk import is_sharded
 
 T = TypeVar("T")
 
 Step = Callable[[], Any]
+Random = int | tuple[Any, ...]
+"""What random numbers are drawn from: a seed, or a state."""
 
 _MORE_DRAWS = 4
 _MOST_SECONDS = 60
@@ -56,13 +58,15 @@ class Replay(Generic[T]):
 
     ``seen`` is what ``examine`` returned (``None``: there was no replay, or it ran out of memory or time),
     ``went_alike`` whether it failed in the same way or, if nothing had failed, ran, and ``said`` both in words.
-    ``seed`` is what the random numbers with which it failed were drawn from (``None``: those of the program).
+    ``seed`` is what the random numbers with which it failed were drawn from (``None``: those of the program). ``ran``:
+    whether there was a replay.
     """
 
     seen: T | None
     went_alike: bool
     said: str
-    seed: int | None = None
+    seed: Random | None = None
+    ran: bool = True
 
 
 def replay(
@@ -74,7 +78,8 @@ def replay(
     probes: Callable[[], AbstractContextManager[Any]],
     optimizers: Iterable[torch.optim.Optimizer] = (),
     scaler: torch.amp.GradScaler | None = None,
-    seed: int | None = None,
+    seed: Random | None = None,
+    again: Callable[[BaseException | None, T], bool] | None = None,
 ) -> Replay[T]:
     """Run ``step`` again under ``probes`` and return what ``examine`` makes of it, given what the replay raised.
 
@@ -82,7 +87,8 @@ def replay(
     the way its host does, on the unwrapped module, and returns it: a tensor, or tensors in lists, tuples and dicts;
     those with a graph are differentiated. It runs no backward pass itself, unless the host leaves that to the user. A
     step that draws random numbers and does not fail again is repeated a few times with others, drawn from a seed that
-    is returned; ``seed`` is that of an earlier replay.
+    is returned; ``seed`` is that of an earlier replay. ``again`` says whether a replay failed again, for a failure that
+    is no exception.
 
     Afterwards these are as before, bit for bit: parameters, buffers, gradients (the same tensors), optimizers, scaler,
     random states, training and ``requires_grad`` flags, hooks, and plain attributes of modules. No collective is
@@ -94,26 +100,32 @@ def replay(
     if _replaying:
         reason = "a replay is already running"
     if reason:
-        return Replay(None, False, f"the failing batch was not replayed: {reason}")
+        return Replay(None, False, f"the failing batch was not replayed: {reason}", ran=False)
     # The step may raise the same object, which belongs to the user.
     names = ("__traceback__", "__cause__", "__context__", "__suppress_context__")
     own = [(name, getattr(error, name)) for name in names] if error is not None else []
+    alike = again or (lambda raised, _: _alike(raised, error))
     try:
         run = functools.partial(_run, step, examine, model, probes, list(optimizers), scaler)
         raised, seen, drew = run(seed)
-        for other in range(_MORE_DRAWS if drew and error is not None and not _alike(raised, error) else 0):
-            again, seen_again, _ = run(other)
-            if _alike(again, error):
-                raised, seen, seed = again, seen_again, other
+        failed = error is not None or again is not None
+        for other in range(_MORE_DRAWS if drew and failed and not alike(raised, seen) else 0):
+            raised_again, seen_again, _ = run(other)
+            if alike(raised_again, seen_again):
+                raised, seen, seed = raised_again, seen_again, other
                 break
     except (MemoryError, torch.OutOfMemoryError):
-        return Replay(None, False, "a replay of the failing batch ran out of memory")
+        return Replay(None, False, "a replay of the failing batch ran out of memory", ran=False)
     except _TooLong:
-        return Replay(None, False, f"a replay of the failing batch took more than {_MOST_SECONDS} seconds")
+        return Replay(None, False, f"a replay of the failing batch took more than {_MOST_SECONDS} seconds", ran=False)
     finally:
         # Setting the cause suppresses the context, so that flag comes last.
         for name, value in own:
             setattr(error, name, value)
+    if again is not None:
+        went = again(raised, seen)
+        said = "a replay of the batch is not finite either" if went else "a replay of the batch is finite"
+        return Replay(seen, went, said + (f", and failed: {_line(raised)}" if raised else ""), seed)
     if error is None:
         return Replay(seen, raised is None, "a replay of the batch" + (f" failed: {_line(raised)}" if raised else ""))
     if raised is None:
@@ -130,7 +142,7 @@ def _run(
     probes: Callable[[], AbstractContextManager[Any]],
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler | None,
-    seed: int | None,
+    seed: Random | None,
 ) -> tuple[Exception | None, T, bool]:
     """Return what the step raised, what was seen of it, and whether it drew random numbers."""
     with ExitStack() as stack:
@@ -143,8 +155,10 @@ def _run(
         stack.enter_context(_eager())
         stack.enter_context(warnings.catch_warnings(record=True))
         stack.enter_context(_own_autocast_cache())
-        if seed is not None:
+        if isinstance(seed, int):
             draw_from(seed)
+        elif seed is not None:
+            set_random_state(seed)
         before = random_state()
         raised: Exception | None = None
         watched = probes()

@@ -36,7 +36,8 @@ _AROUND = (
     "/torch/_dynamo/",
 )
 _BACKWARD = frozenset({"backward", "manual_backward", "scale", "step", "__call__"})
-_CONTEXTS = ("decorate_autocast", "decorate_context")
+# The variables of PyTorch's decorators that hold the context.
+_CONTEXTS = frozenset({"ctx_factory", "autocast_instance"})
 
 
 # The innermost loop and the one around it, which may have made what failed.
@@ -88,12 +89,13 @@ def of_traceback(traceback: TracebackType | None) -> Iterator[Rerun]:
         standing.append(Standing(traceback.tb_frame, traceback.tb_lineno, traceback.tb_lasti))
         traceback = traceback.tb_next
     outer = standing[0].frame.f_back if standing else None
-    yield from _reruns([*_running(outer), *standing], left=len(standing))
+    yield from _reruns([*_running(outer), *standing], left=len(standing), failed=True)
 
 
-def of_frame(frame: FrameType) -> Iterator[Rerun]:
-    """Yield reruns of what led to where a running frame stands, with all that called it."""
-    yield from _reruns(_running(frame), left=0)
+def of_frame(frame: FrameType, *, failed: bool = False) -> Iterator[Rerun]:
+    """Yield reruns of what led to where a running frame stands, with all that called it. ``failed``: the step is known
+    to be faulty, and not only suspected."""
+    yield from _reruns(_running(frame), left=0, failed=failed)
 
 
 def _running(frame: FrameType | None) -> list[Standing]:
@@ -104,7 +106,7 @@ def _running(frame: FrameType | None) -> list[Standing]:
     return standing[::-1]
 
 
-def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
+def _reruns(standing: list[Standing], left: int, *, failed: bool) -> Iterator[Rerun]:
     """Yield reruns, smallest first. An exception left the last ``left`` frames, and with them their ``with`` blocks."""
     ours = (one for one in standing if not is_ours(one.frame.f_code.co_filename))
     outside = list(itertools.takewhile(lambda one: not _is_inside(one), ours))
@@ -115,15 +117,10 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
     users = outside[: len(outside) - len(inward)]
     first_left = len(standing) - left
     alive = {id(one.frame) for one in standing[:first_left]}
-    contexts: list[Any] = []
     carried: list[Carried] = []
     for index in range(len(users) - 1, -1, -1):
         one = users[index]
         if _is_foreign(one):
-            context = _decorating(one.frame) if id(one.frame) not in alive else None
-            if context is not None:
-                contexts.insert(0, context)
-                continue
             if is_torch(one.frame.f_code.co_filename) or one.frame.f_code.co_name == "__call__":
                 continue
             return
@@ -131,7 +128,7 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
         if path is None:
             continue
         around = [context for outer in users[:index] if id(outer.frame) not in alive for context in _around(outer)]
-        taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=not left)
+        taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=not failed)
         starts = [at for at, node in enumerate(path) if taken.begins(node)][-_MOST_LOOPS:]
         carried += _carried(one, path, starts[-1]) if left and starts else ()
         for start in reversed(starts):
@@ -141,7 +138,7 @@ def _reruns(standing: list[Standing], left: int) -> Iterator[Rerun]:
                 program = _program(one, path, start, taken, entered=id(one.frame) in alive, twice=twice)
                 if program is not None:
                     both = tuple(carried) if twice else None
-                    yield Rerun(program.code, program.names, [*around, *program.contexts, *contexts], both)
+                    yield Rerun(program.code, program.names, [*around, *program.contexts], both)
             if not loop:
                 break
         # Statements further out would run the whole loop.
@@ -160,7 +157,7 @@ def _is_foreign(one: Standing) -> bool:
 
 def _decorating(frame: FrameType) -> Any:
     """The context that a PyTorch decorator (``@torch.autocast(...)``, ``@torch.no_grad()``) entered in this frame."""
-    if frame.f_code.co_name not in _CONTEXTS or not is_torch(frame.f_code.co_filename):
+    if not is_torch(frame.f_code.co_filename) or not _CONTEXTS.intersection(frame.f_locals):
         return None
     make = frame.f_locals.get("ctx_factory")
     return frame.f_locals.get("autocast_instance") or (make() if callable(make) else None)
@@ -207,6 +204,11 @@ def _carried(one: Standing, path: list[ast.AST], start: int) -> Iterator[Carried
 
 def _around(one: Standing) -> Iterator[Any]:
     """Yield the PyTorch contexts that a frame was in when an exception left it."""
+    decorating = _decorating(one.frame)
+    if decorating is not None:
+        yield decorating
+    if _is_foreign(one):
+        return
     path = _path(one)
     if path is not None:
         yield from _entered_around(path, {**one.frame.f_globals, **one.frame.f_locals})

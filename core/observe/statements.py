@@ -197,7 +197,7 @@ class Statements:
         function = expression.func
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         receiver = self._root(function.value) if isinstance(function, ast.Attribute) else None
-        if isinstance(receiver, torch.Tensor) or _shares_memory(receiver):
+        if isinstance(receiver, torch.Tensor) or name == "backward" or _shares_memory(receiver):
             return True
         if any(part in name for part in _TELLING):
             return False

@@ -20,12 +20,23 @@ from ampcheck.observe.probes.losses import LossProbe
 from ampcheck.observe.probes.modules import ModuleProbe
 from ampcheck.observe.probes.saved_tensors import graph_trace
 from ampcheck.observe.probes.scaler import ScalerProbe
+from ampcheck.observe.probes.updates import UpdateProbe
 from ampcheck.observe.walk import hooked_modules
 from ampcheck.trace import GraphTrace, ModelInfo, Phase, Seen, StepTrace, described
 
 Ended = Callable[["WatchedStep", BaseException | None], None]
 Suspected = Callable[["WatchedStep", FrameType], None]
-Probe = AliasProbe | AutocastProbe | ModuleProbe | GraphProbe | ScalerProbe | DispatchProbe | LossProbe | ExtensionOps
+Probe = (
+    AliasProbe
+    | AutocastProbe
+    | ModuleProbe
+    | GraphProbe
+    | ScalerProbe
+    | DispatchProbe
+    | LossProbe
+    | ExtensionOps
+    | UpdateProbe
+)
 
 
 class WatchedStep:
@@ -71,13 +82,14 @@ class WatchedStep:
             self._aliases = AliasProbe(modules)
             self._graph = GraphProbe(model, device_type, self._autocast, modules, self._aliases, notify)
             self._scaler = ScalerProbe()
+        self._updates = UpdateProbe(model) if phase == "training" and not replayed else None
         self._losses: LossProbe | None = None
         extensions: ExtensionOps | None = None
         if replayed:
             self._dispatch = DispatchProbe(model, lambda: modules.current, changed)
             self._losses = LossProbe()
             extensions = ExtensionOps(self._dispatch)
-        optional = (self._aliases, self._graph, self._scaler, self._dispatch, self._losses, extensions)
+        optional = (self._aliases, self._graph, self._scaler, self._dispatch, self._losses, extensions, self._updates)
         self._probes = [self._autocast, modules, *(probe for probe in optional if probe is not None)]
         self._to_enter = [probe for probe in self._probes if probe is not autocast]
         self._complete = not compiled
@@ -164,6 +176,7 @@ class WatchedStep:
             model=self._info,
             scaling=self._scaler.calls if self._scaler else (),
             collapse=self._scaler.collapse if self._scaler else None,
+            updates=self._updates.updates if self._updates else (),
             died_of=described(self._died_of) if self._died_of is not None else None,
             called=self._modules.called if self._died_of is not None else {},
         )

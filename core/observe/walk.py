@@ -190,7 +190,25 @@ def examine_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Opt
         frozenset(own[id(parameter)] for parameter in held if id(parameter) in own),
         tuple(tuple(p.shape) for p in held if id(p) not in own and not swapped and type(p) not in _LAZY),
         orphans,
+        tuple(_lost_eps(optimizer)),
     )
+
+
+def _lost_eps(optimizer: torch.optim.Optimizer) -> Iterator[tuple[float, str]]:
+    """Each ``eps`` that the parameters' dtype rounds to 0, in PyTorch's own optimizers, whose state has that dtype."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    found = {
+        (float(group["eps"]), parameter.dtype)
+        for group in optimizer.param_groups
+        if isinstance(group.get("eps"), float) and group["eps"]
+        for parameter in group["params"]
+        if dtype_name(parameter.dtype) in LOW_PRECISION
+    }
+    for eps, dtype in found:
+        # Half the smallest number is rounded up to it.
+        if eps < torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2:
+            yield eps, dtype_name(dtype)
 
 
 def _held_by_nobody_else(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

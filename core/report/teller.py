@@ -67,6 +67,13 @@ class Teller:
             self.write(merged)
         return merged
 
+    def tell_own(self, report: Report) -> None:
+        """Report what is new in ``report`` on this rank, without asking the others: they may be in another step."""
+        new = tuple(finding for finding in report.findings if finding not in self._told)
+        self._told += new
+        self.say_findings(new, report.trace)
+        self.write(report)
+
     def note(self, error: BaseException, findings: Iterable[Finding], trace: Trace, *, aloud: bool = False) -> None:
         """Attach those of ``findings`` that were not reported yet to ``error``. ``aloud``: nobody shows ``error``."""
         new = [finding for finding in findings if finding not in self._told]

@@ -19,7 +19,14 @@ NAME = "ampcheck"
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
 _WIDTH = 100
 _UNITS = ((10**9, "B"), (10**6, "M"), (10**3, "k"))
-_DONE = {"write": "written here", "save": "saved here", "raise": "raised here", "cast": "cast here", "call": "here"}
+_DONE = {
+    "origin": "not finite from here",
+    "write": "written here",
+    "save": "saved here",
+    "raise": "raised here",
+    "cast": "cast here",
+    "call": "here",
+}
 
 
 def render(trace: Trace, findings: Sequence[Finding], not_judged: Mapping[str, str]) -> Text:

@@ -27,6 +27,7 @@ from ampcheck.trace.dtype_failures import (
     OpNotImplemented,
     UnsafeLoss,
 )
+from ampcheck.trace.numbers import ValueRejected
 from ampcheck.trace.scaler_failures import (
     FirstStepSkipped,
     FusedOptimizerClipping,
@@ -65,6 +66,7 @@ Facts = (
     | GraphFreed
     | NoGraph
     | InternalOverlap
+    | ValueRejected
 )
 """What is known about a failure, by its kind."""
 

@@ -61,7 +61,8 @@ class OptimizerInfo:
     ``unscales``: it divides by the loss scale itself, as fused optimizers do, and takes float16 gradients. ``alike``:
     its parameters have the shapes of the model's trainable ones, like those of a copy. ``names`` are
     those of its parameters that are the model's, ``others`` the shapes of the rest, of which nothing but the optimizer
-    holds ``orphans``.
+    holds ``orphans``. ``eps_lost`` holds each ``eps`` that is 0 in the dtype of the group's parameters, with that
+    dtype.
     """
 
     type: str
@@ -73,6 +74,7 @@ class OptimizerInfo:
     names: frozenset[str] = frozenset()
     others: tuple[tuple[int, ...], ...] = ()
     orphans: int = 0
+    eps_lost: tuple[tuple[float, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["write", "save", "raise", "cast", "call"]
+Role = Literal["origin", "write", "save", "raise", "cast", "call"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
 from ampcheck.trace.model import ModelInfo
+from ampcheck.trace.numbers import Updates
 from ampcheck.trace.site import Site
 
 Phase = Literal["training", "evaluation"]
@@ -140,6 +141,7 @@ class StepTrace:
     complete: bool = field(default=True, metadata=_BOTH)
     scaling: tuple[ScalerCall, ...] = field(default=(), metadata=_ADDED)
     collapse: Collapse | None = field(default=None, metadata=_LATER)
+    updates: tuple[Updates, ...] = field(default=(), metadata=_ADDED)
     died_of: str | None = field(default=None, metadata=_LATER)
     called: Mapping[str, Site] = field(default_factory=dict, metadata=_LATER)
 

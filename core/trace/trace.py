@@ -12,6 +12,7 @@ from ampcheck.trace.export import Export, ExportFailure
 from ampcheck.trace.failure import Failure
 from ampcheck.trace.graph import GraphTrace
 from ampcheck.trace.model import Environment, Host, ModelInfo, OptimizerInfo, ScalerInfo
+from ampcheck.trace.numbers import NonFinite, Skips, StateNotFinite
 from ampcheck.trace.step import Phase, StepTrace
 
 
@@ -27,7 +28,8 @@ class Seen(NamedTuple):
 class Trace:
     """All that is known about a run. A fact that was not observed is ``None``, and ``unobserved`` says why, by field.
 
-    ``exports`` are those that the run made; each is judged with its own ``comparison`` and ``export_failure``.
+    ``numbers`` are the steps that were not finite. ``exports`` are those that the run made; each is judged with its own
+    ``comparison`` and ``export_failure``.
 
     ``internal_error`` is the exception that made AmpCheck switch itself off, in one line.
     """
@@ -44,6 +46,9 @@ class Trace:
     failure: Failure | None = None
     graph: GraphTrace | None = None
     comparison: Comparison | None = None
+    numbers: tuple[NonFinite, ...] | None = None
+    state: StateNotFinite | None = None
+    skips: Skips | None = None
     export_failure: ExportFailure | None = None
     exports: tuple[Export, ...] = ()
     unobserved: Mapping[str, str] = field(default_factory=dict)

@@ -29,6 +29,7 @@ from ampcheck.trace import (
     OpNotImplemented,
     SavedTensorModified,
     ScalerArgument,
+    ValueRejected,
     ViewedBaseModified,
 )
 
@@ -371,3 +372,14 @@ def out_of_memory_while_handling() -> None:
         R(2, 2).half() @ R(2, 2)
     except RuntimeError as error:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory") from error
+
+
+@crash(ValueRejected)
+def a_distribution_of_nan() -> None:
+    torch.distributions.Categorical(logits=torch.full((2, 3), float("nan")), validate_args=True)
+
+
+@crash(ValueRejected)
+def an_assertion_of_the_programs() -> None:
+    loss = torch.tensor(float("nan"))
+    assert torch.isfinite(loss)

@@ -42,6 +42,7 @@ from ampcheck.trace import (
     StaleTensor,
     Trace,
     UnsafeLoss,
+    ValueRejected,
     ViewedBaseModified,
     Write,
 )
@@ -114,6 +115,7 @@ ONE_OF_EACH: tuple[Facts, ...] = (
     GraphFreed(),
     NoGraph(),
     InternalOverlap(),
+    ValueRejected(),
 )
 
 

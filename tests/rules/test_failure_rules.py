@@ -65,6 +65,7 @@ from ampcheck.trace import (
     TensorInfo,
     Trace,
     UnsafeLoss,
+    ValueRejected,
     ViewedBaseModified,
 )
 
@@ -94,6 +95,7 @@ CODES: dict[type, str | None] = {
     InferenceTensor: "AMP406",
     GraphFreed: "AMP408",
     NoGraph: "AMP408",
+    ValueRejected: None,
     InternalOverlap: "AMP404",
 }
 """The rule that tells of each kind of failure. Some are told by what the model and the step show."""
