@@ -202,6 +202,15 @@ SCENES = {
     "AMP505": Scene(
         module("scores = self.stem(x)\nmask = torch.ones(4, 4).bool()\nEXAMPLE\nreturn scores"), numbers=True
     ),
+    "AMP506": Scene(
+        module("x = self.stem(x)\nx = x / x.abs().amax().detach()\nEXAMPLE\nreturn self.last(x)")
+        .replace("torch.bfloat16", "torch.float16")
+        .replace("self.stem, self.head =", "self.last = nn.Identity()\n        self.stem, self.head =")
+        .replace(".float().square().mean()", ".float().mean()"),
+    ),
+    "AMP507": Scene(
+        f"EXAMPLE\n{AUTOCAST}loss = loss * 1e-4\nscaler.scale(loss).backward()\n{STEP}",
+    ),
     "AMP508": Scene(
         f"{SMALL}EXAMPLE\nloss = criterion(model(x.bfloat16()).float(), y)\nloss.backward()\noptimizer.step()",
         instead=f"{SMALL}EXAMPLE\nloss.backward()\noptimizer.step()",

@@ -18,6 +18,7 @@ from ampcheck.observe.probes.extension_ops import ExtensionOps
 from ampcheck.observe.probes.graph import GraphProbe
 from ampcheck.observe.probes.losses import LossProbe
 from ampcheck.observe.probes.modules import ModuleProbe
+from ampcheck.observe.probes.ranges import RangeProbe
 from ampcheck.observe.probes.saved_tensors import graph_trace
 from ampcheck.observe.probes.scaler import ScalerProbe
 from ampcheck.observe.probes.updates import UpdateProbe
@@ -36,6 +37,7 @@ Probe = (
     | LossProbe
     | ExtensionOps
     | UpdateProbe
+    | RangeProbe
 )
 
 
@@ -43,9 +45,10 @@ class WatchedStep:
     """The probes around one step of ``model``.
 
     When they are gone, ``ended`` is called with the step and what its body raised. ``info`` describes the model if it
-    is not the attached one, ``entry`` wraps it, and ``compiled`` says that parts of either are compiled. ``autocast``
-    is a probe that is active already. ``suspected`` is called after a backward pass that may have used a stale tensor,
-    with the frame that began the pass; from such frames ``batch`` finds what computes the step's loss again.
+    is not the attached one, ``entry`` wraps it, and ``compiled`` says that parts of either are compiled. ``float16``:
+    the step is asked to compute in it. ``autocast`` is a probe that is active already. ``suspected`` is called after a
+    backward pass that may have used a stale tensor, with the frame that began the pass; from such frames ``batch``
+    finds what computes the step's loss again.
 
     ``replayed``: the step runs again and is thrown away, with nothing compiled. What it shows matters more than what it
     costs: each write and each save is logged with its line.
@@ -64,6 +67,7 @@ class WatchedStep:
         batch: Callable[[Iterable[FrameType]], Callable[[], object] | None] | None = None,
         entry: nn.Module | None = None,
         compiled: bool = False,
+        float16: bool = False,
         replayed: bool = False,
         changed: frozenset[int] = frozenset(),
     ) -> None:
@@ -83,13 +87,25 @@ class WatchedStep:
             self._graph = GraphProbe(model, device_type, self._autocast, modules, self._aliases, notify)
             self._scaler = ScalerProbe()
         self._updates = UpdateProbe(model) if phase == "training" and not replayed else None
+        self._ranges: RangeProbe | None = None
+        if float16 and self._scaler is not None and not replayed:
+            self._ranges = RangeProbe(model, self._scaler.scale)
         self._losses: LossProbe | None = None
         extensions: ExtensionOps | None = None
         if replayed:
             self._dispatch = DispatchProbe(model, lambda: modules.current, changed)
             self._losses = LossProbe()
             extensions = ExtensionOps(self._dispatch)
-        optional = (self._aliases, self._graph, self._scaler, self._dispatch, self._losses, extensions, self._updates)
+        optional = (
+            self._aliases,
+            self._graph,
+            self._scaler,
+            self._dispatch,
+            self._losses,
+            extensions,
+            self._updates,
+            self._ranges,
+        )
         self._probes = [self._autocast, modules, *(probe for probe in optional if probe is not None)]
         self._to_enter = [probe for probe in self._probes if probe is not autocast]
         self._complete = not compiled
@@ -177,6 +193,8 @@ class WatchedStep:
             scaling=self._scaler.calls if self._scaler else (),
             collapse=self._scaler.collapse if self._scaler else None,
             updates=self._updates.updates if self._updates else (),
+            outputs=self._ranges.outputs if self._ranges else {},
+            gradients=self._ranges.gradients if self._ranges else None,
             died_of=described(self._died_of) if self._died_of is not None else None,
             called=self._modules.called if self._died_of is not None else {},
         )

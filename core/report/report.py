@@ -176,6 +176,12 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if value in (math.inf, -math.inf) else value for key, value in values.items()}
 
 
+def _headroom(trace: Trace, module: str) -> dict[str, float]:
+    """The bits between the largest float16 output of a module and float16's largest number, if it was measured."""
+    largest = trace.training.outputs.get(module) if trace.training is not None else None
+    return {"headroom_bits": round(math.log2(65504.0 / largest), 2)} if largest else {}
+
+
 def _modules(trace: Trace) -> list[dict[str, Any]]:
     if trace.model is None:
         return []
@@ -199,6 +205,7 @@ def _modules(trace: Trace) -> list[dict[str, Any]]:
                 "autocast": states.most_common(1)[0][0] if states else None,
                 "inputs": list(own[0].inputs) if own else [],
                 "outputs": list(own[0].outputs) if own else [],
+                **_headroom(trace, module.name),
             }
         )
     return rows

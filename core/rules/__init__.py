@@ -23,12 +23,14 @@ from ampcheck.rules.first_step_skipped import first_step_skipped
 from ampcheck.rules.float32_diverges_too import float32_diverges_too
 from ampcheck.rules.fully_masked_softmax import fully_masked_softmax
 from ampcheck.rules.fused_optimizer_clipping import fused_optimizer_clipping
+from ampcheck.rules.gradients_underflow import gradients_underflow
 from ampcheck.rules.graph_freed_or_detached import graph_freed_or_detached
 from ampcheck.rules.in_place_dtype import in_place_dtype
 from ampcheck.rules.inference_tensor_in_autograd import inference_tensor_in_autograd
 from ampcheck.rules.input_not_finite import input_not_finite
 from ampcheck.rules.internal_error import internal_error
 from ampcheck.rules.leaf_modified_in_place import leaf_modified_in_place
+from ampcheck.rules.little_headroom import little_headroom
 from ampcheck.rules.loss_not_finite import loss_not_finite
 from ampcheck.rules.loss_scale_collapse import loss_scale_collapse
 from ampcheck.rules.low_precision_overflow import low_precision_overflow
@@ -115,6 +117,8 @@ RULES: tuple[Rule, ...] = (
     constant_lost,
     singular_operation,
     fully_masked_softmax,
+    little_headroom,
+    gradients_underflow,
     updates_lost,
     optimizer_eps_lost,
     input_not_finite,

@@ -58,6 +58,7 @@ from ampcheck.trace.model import (
 )
 from ampcheck.trace.numbers import (
     Given,
+    Gradients,
     Kind,
     LostConstant,
     NonFinite,
@@ -125,6 +126,7 @@ __all__ = [
     "FirstStepSkipped",
     "FusedOptimizerClipping",
     "Given",
+    "Gradients",
     "GraphFreed",
     "GraphTrace",
     "Host",

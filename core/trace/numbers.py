@@ -164,3 +164,23 @@ class Updates:
 @dataclass(frozen=True)
 class ValueRejected:
     """A function refused a value because it is not finite, or the program's own check found one."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of one step, without the loss scale, in a sample of ``count`` elements: how many are ``zero``, how
+    many of the others are ``subnormal`` in float16 at the loss ``scale``, the magnitude that 5 % of the others are
+    ``below``, and the ``largest``."""
+
+    count: int
+    zero: int
+    subnormal: int
+    below: float
+    largest: float
+    scale: float
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """The loss scales at which nearly all of them are normal numbers of float16, from the least to the largest;
+        ``None`` if all are zero."""
+        return (2.0**-14 / self.below, 65504.0 / self.largest) if self.largest else None

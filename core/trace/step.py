@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
 from ampcheck.trace.model import ModelInfo
-from ampcheck.trace.numbers import Updates
+from ampcheck.trace.numbers import Gradients, Updates
 from ampcheck.trace.site import Site
 
 Phase = Literal["training", "evaluation"]
@@ -123,6 +123,7 @@ class Collapse(NamedTuple):
 # How two steps merge a fact. A field without one fails as soon as two steps are watched.
 _ADDED, _EITHER, _BOTH = {"merge": operator.add}, {"merge": operator.or_}, {"merge": operator.and_}
 _LATER = {"merge": lambda earlier, later: later}
+_LARGEST = {"merge": lambda one, other: {key: max(one.get(key, 0.0), other.get(key, 0.0)) for key in one | other}}
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class StepTrace:
     """One watched phase. ``model`` is the walk over the evaluated model, if that is another object than the model that
     trains (an averaged or a half-precision copy). ``cache_cleared``: something called ``torch.clear_autocast_cache``
     inside a region. ``complete`` is false if something was compiled, because then only the calls into it were seen.
-    ``called`` is where the modules of a step that failed were called."""
+    ``outputs`` are the largest magnitudes of modules' float16 outputs, by the modules' names. ``called`` is where the
+    modules of a step that failed were called."""
 
     calls: tuple[ModuleCall, ...] = field(default=(), metadata=_ADDED)
     regions: tuple[AutocastRegion, ...] = field(default=(), metadata=_ADDED)
@@ -142,6 +144,8 @@ class StepTrace:
     scaling: tuple[ScalerCall, ...] = field(default=(), metadata=_ADDED)
     collapse: Collapse | None = field(default=None, metadata=_LATER)
     updates: tuple[Updates, ...] = field(default=(), metadata=_ADDED)
+    outputs: Mapping[str, float] = field(default_factory=dict, metadata=_LARGEST)
+    gradients: Gradients | None = field(default=None, metadata=_LATER)
     died_of: str | None = field(default=None, metadata=_LATER)
     called: Mapping[str, Site] = field(default_factory=dict, metadata=_LATER)
 

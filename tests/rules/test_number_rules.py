@@ -10,6 +10,7 @@ from rules.traces import ERROR, INFO, WARNING, findings, found, site, step, trac
 
 from ampcheck.trace import (
     Given,
+    Gradients,
     LostConstant,
     NonFinite,
     OperandValues,
@@ -44,12 +45,20 @@ LOST = LostConstant(1e-8, 0.0, "float16", site(8))
 BATCH = Given("input", "batch['x']")
 MOVED = Updates("norm.weight", "norm", "bfloat16", 400, 2, 1e-3, 1e-3, 0, True)
 UNMOVED = dataclasses.replace(MOVED, unmoved=400)
+SMALL = Gradients(1000, 300, 600, 1e-9, 1e-5, 1.0)
+NORMAL = dataclasses.replace(SMALL, subnormal=10, scale=65536.0)
 PAIRS = (
     ("AMP501", failed(None), failed(OVERFLOW)),
     ("AMP502", failed(OVERFLOW), failed(of("singular"))),
     ("AMP503", failed(of("constant-lost", constant=LOST)), failed(of("singular"))),
     ("AMP504", failed(of("singular"), NOWHERE), failed(OVERFLOW)),
     ("AMP505", failed(of("masked", "aten::_softmax", fill=site(8)), NOWHERE), failed(of("masked"))),
+    (
+        "AMP506",
+        trace(training=step(outputs={"attn": 40000.0, "head": 2.0})),
+        trace(training=step(outputs={"attn": 400.0, "head": 2.0})),
+    ),
+    ("AMP507", trace(training=step(gradients=SMALL)), trace(training=step(gradients=NORMAL))),
     ("AMP508", trace(training=step(updates=(UNMOVED,))), trace(training=step(updates=(MOVED,)))),
     (
         "AMP509",
@@ -197,3 +206,19 @@ def test_the_names_of_parameters():
         trace(state=StateNotFinite(parameters=("head.weight",), averaged=("head.weight",), moment="at the end"))
     )
     assert "parameters head.weight; averaged weights head.weight" in seen.message
+
+
+class TestLittleHeadroom:
+    @pytest.mark.parametrize(("largest", "severity"), [(40000.0, WARNING), (10000.0, INFO)])
+    def test_its_severity(self, largest, severity):
+        assert found(trace(training=step(outputs={"attn": largest}))) == {"AMP506": severity}
+
+    def test_the_bits(self):
+        seen = only(trace(training=step(outputs={"attn": 16376.0, "head": 1.0})))
+        assert (seen.module, seen.evidence["headroom_bits"]) == ("attn", {"attn": 2.0})
+
+
+def test_the_window_of_usable_scales():
+    seen = only(trace(training=step(gradients=SMALL)))
+    assert seen.evidence["scales"] == [2.0**-14 / 1e-9, 65504.0 / 1e-5]
+    assert "At the loss scale 1, 86 % of the gradients" in seen.message

@@ -66,10 +66,13 @@ class ScalerProbe:
     def collapse(self) -> Collapse | None:
         """How far the loss scale has fallen, if every step so far was skipped; reading it waits for the device."""
         steps = [event.skipped for event in self._events if event.op == "step"]
+        scale = self.scale() if steps and all(steps) else None
+        return Collapse(scale, any(map(bool, self._finite))) if scale is not None else None
+
+    def scale(self) -> float | None:
+        """The loss scale now; reading it waits for the device."""
         scale = getattr(self.used, "_scale", None)
-        if not steps or not all(steps) or not isinstance(scale, torch.Tensor):
-            return None
-        return Collapse(float(scale), any(map(bool, self._finite)))
+        return float(scale) if isinstance(scale, torch.Tensor) and self.used is not None else None
 
     def _call(self, event: _Event) -> ScalerCall:
         optimizers = [event.optimizer] if event.optimizer is not None else []
