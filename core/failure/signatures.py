@@ -410,7 +410,7 @@ NUMBERS = (
         r"(?i)\b(?:nans?|infs?|infinity|infinite|non[- ]?finite|not finite)\b|invalid numeric entries"
         r"|cost matrix is infeasible|to satisfy the constraint .*but found invalid values",
     ),
-    _signature(rejected_by_check, (AssertionError, RuntimeError, ValueError, ArithmeticError), r""),
+    _signature(rejected_by_check, (AssertionError, ArithmeticError), r""),
 )
 
 SIGNATURES: tuple[Signature, ...] = AUTOCAST_ARGUMENT + SCALER + AUTOGRAD + DTYPES + NUMBERS

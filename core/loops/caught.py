@@ -157,6 +157,9 @@ class Caught:
         handler = next(filter(None, (_handler(frame, line, error) for frame, line in running)), None)
         if (handler is not None and handler.leaves) or (handler is None and not showing):
             return
+        if all(is_library(frame.f_code.co_filename) for frame, _ in walk_tb(whole)):
+            # A pool of threads passes it on to a line of the user's.
+            return
         if called and (_is_tried_out(running) or (handler is not None and handler.substitutes)):
             return
         self._tell(error)
