@@ -29,7 +29,7 @@ from ampcheck.observe.probes.autocast import AutocastProbe
 from ampcheck.observe.probes.containment import bare, hide_frames
 from ampcheck.observe.probes.modes import alone
 from ampcheck.observe.probes.saved_tensors import stale_behind
-from ampcheck.observe.rerun import of_frame, of_traceback
+from ampcheck.observe.rerun import leaves_not_finite, of_frame, of_traceback
 from ampcheck.observe.step import WatchedStep
 from ampcheck.observe.walk import (
     anything_compiled,
@@ -332,7 +332,7 @@ class AmpChecker:
             for one in seen:
                 trace = trace.showing(one)
             if isinstance(failure.facts, ValueRejected):
-                steps = functools.partial(self._failed_steps, error, batch)
+                steps = functools.partial(self._failed_steps, error, batch, numbers=True)
                 found = run.numerics.rejected(error, steps, step) if run.numerics is not None else None
                 if found is not None:
                     trace = replace(trace, numbers=(replace(found, precision=trace.precision.dtype),))
@@ -376,6 +376,21 @@ class AmpChecker:
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
+    def exited(self, error: SystemExit) -> None:
+        """Explain an exit of the program, if it left because of a number that is not finite."""
+        run = self._run
+        if run.off or run.numerics is None or not leaves_not_finite(error.__traceback__):
+            return
+        try:
+            steps = functools.partial(self._failed_steps, error, None, numbers=True)
+            found = run.numerics.rejected(error, steps, None)
+            if found is not None:
+                self._not_finite(found, stop=False)
+        except FindingsError:
+            raise
+        except Exception as fault:  # noqa: BLE001
+            self.switch_off(fault)
+
     def _tell_own(self, error: Exception | None = None) -> tuple[Finding, ...]:
         """Judge anew and report on this rank alone, where others may be in another step; as a note on ``error``."""
         run = self._run
@@ -412,27 +427,28 @@ class AmpChecker:
             return () if batch is None else (batch,)
         if self._run.trace.host is not None:
             return ()
-        return itertools.islice(of_frame(frame, failed=True), _MOST_RERUNS)
+        return itertools.islice(of_frame(frame, numbers=True), _MOST_RERUNS)
 
-    def _not_finite(self, found: NonFinite) -> None:
+    def _not_finite(self, found: NonFinite, *, stop: bool = True) -> None:
         """Report a step whose loss or gradients are not finite, and stop there if that was asked for."""
         run = self._run
-        stop = FloatingPointError(f"the {found.root} of step {found.step} is not finite")
+        error = FloatingPointError(f"the {found.root} of step {found.step} is not finite")
+        stop = stop and self._numerics == "stop"
         try:
             if run.off:
                 return
             found = replace(found, precision=run.trace.precision.dtype)
             run.trace = replace(run.trace, numbers=(*(run.trace.numbers or ()), found))
-            self._tell_own(stop if self._numerics == "stop" else None)
-            setattr(stop, _DIAGNOSED, True)
+            setattr(error, _DIAGNOSED, len(run.failures) + 1)
+            self._tell_own(error if stop else None)
             self.enforce()
         except FindingsError:
             raise
-        except Exception as error:  # noqa: BLE001
-            self.switch_off(error)
+        except Exception as fault:  # noqa: BLE001
+            self.switch_off(fault)
             return
-        if self._numerics == "stop":
-            raise stop
+        if stop:
+            raise error
 
     def _failing_again(self, error: Exception, failure: Failure, batch: Rerun | None) -> FailedAgain | None:
         """What a replay shows of the failing batch or, in a plain loop, of the loop's own statements."""
@@ -441,13 +457,13 @@ class AmpChecker:
             return None
         return again.failing(error, self._failed_steps(error, batch), lambda graph: _explains(graph, failure))
 
-    def _failed_steps(self, error: Exception, batch: Rerun | None) -> Iterable[Rerun]:
+    def _failed_steps(self, error: BaseException, batch: Rerun | None, *, numbers: bool = False) -> Iterable[Rerun]:
         if batch is not None:
             return (batch,)
         if self._run.trace.host is not None:
             # A host runs its own loop; the source of a plain loop says what it does.
             return ()
-        return itertools.islice(of_traceback(error.__traceback__), _MOST_RERUNS)
+        return itertools.islice(of_traceback(error.__traceback__, numbers=numbers), _MOST_RERUNS)
 
     def _runs_with(self, error: Exception, batch: Rerun | None, failed: FailedAgain | None, edit: Edit) -> bool | None:
         """Whether the failing step runs with an edit; ``None`` where that cannot be tried."""

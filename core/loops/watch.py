@@ -193,6 +193,8 @@ class watch:
                 with contextlib.suppress(Exception):
                     self._take_scaler()
                 self._checker.diagnose(failure, swallowed=swallowed is not None)
+                if isinstance(failure, SystemExit) and failure.code not in (None, 0):
+                    self._safely(self._checker.exited, failure)
             if self._fault is not None:
                 self._give_up(self._fault)
             self._safely(self._end_step, None if ended else failure)

@@ -98,7 +98,7 @@ class Numbers:
         )
 
     def _probed(
-        self, step: Step, random: tuple[Any, ...] | None, error: BaseException | None
+        self, step: Step, random: Any, error: BaseException | None, within: Any = ExitStack
     ) -> tuple[_Shown | None, str, Any]:
         runs: list[_Probes] = []
 
@@ -107,8 +107,8 @@ class Numbers:
             return runs[-1]
 
         outcome = replay(
-            self._changed(step),
-            lambda raised: runs[-1].shown(raised is not None and error is not None),
+            self._changed(step, within),
+            lambda raised: runs[-1].shown(error is not None),
             model=self.model,
             error=error if isinstance(error, Exception) else None,
             probes=probes,
@@ -122,34 +122,30 @@ class Numbers:
         return outcome.seen, outcome.said, outcome.seed
 
     def _outcome(self, step: Step, dtype: torch.dtype, seed: Any, error: BaseException | None) -> Outcome:
-        probes: list[_Finite] = []
-
-        def probe() -> _Finite:
-            probes.append(_Finite())
-            return probes[-1]
-
+        """How the step goes in ``dtype``. What an ``error`` refused need not have come to a backward pass."""
+        within = functools.partial(computed_in, dtype, self.model, self.device_type)
+        if error is not None:
+            seen, said, _ = self._probed(step, seed, error, within)
+            return Outcome(None if seen is None else seen.root is None, why=said)
+        probe = _Finite()
         outcome = replay(
-            self._changed(step, functools.partial(computed_in, dtype, self.model, self.device_type)),
+            self._changed(step, within),
             lambda raised: raised,
             model=self.model,
             error=None,
-            probes=probe,
+            probes=lambda: probe,
             optimizers=self.optimizers,
             scaler=self.scaler,
             seed=seed,
         )
-        if not probes or not outcome.ran:
+        raised = outcome.seen
+        if not outcome.ran:
             return Outcome(None, why=outcome.said)
-        seen = probes[-1]
-        if error is not None:
-            # What refused the value says whether it is finite now.
-            refused = {type(None): True, type(error): False}
-            return Outcome(refused.get(type(outcome.seen)), why=outcome.said)
-        if outcome.seen is not None and (not seen.losses or seen.finite):
-            return Outcome(None, why=f"{type(outcome.seen).__name__}: {str(outcome.seen).partition(chr(10))[0]}")
-        if seen.error is not None or not seen.losses:
+        if raised is not None and (not probe.losses or probe.finite):
+            return Outcome(None, why=f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}")
+        if probe.error is not None or not probe.losses:
             return Outcome(None, why="it ran no backward pass")
-        return Outcome(seen.finite, seen.losses[-1])
+        return Outcome(probe.finite, probe.losses[-1])
 
     def _changed(self, step: Step, within: Any = ExitStack) -> Changed:
         tensors = {id(one): one for one in self.model.parameters()}

@@ -103,7 +103,7 @@ class Numerics:
             self.begin(passes=_REARMED)
 
     def rejected(
-        self, error: Exception, steps: Callable[[], Iterable[Callable[[], object]]], step: int | None
+        self, error: BaseException, steps: Callable[[], Iterable[Callable[[], object]]], step: int | None
     ) -> NonFinite | None:
         """Where the value comes from that ``error`` refused for not being finite; ``None`` if it does not show."""
         if self._told:

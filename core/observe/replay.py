@@ -143,7 +143,7 @@ def _run(
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler | None,
     seed: Random | None,
-) -> tuple[Exception | None, T, bool]:
+) -> tuple[BaseException | None, T, bool]:
     """Return what the step raised, what was seen of it, and whether it drew random numbers."""
     with ExitStack() as stack:
         stack.enter_context(everything_put_back(model, optimizers, scaler, (step, *getattr(step, "roots", ()))))
@@ -160,7 +160,7 @@ def _run(
         elif seed is not None:
             set_random_state(seed)
         before = random_state()
-        raised: Exception | None = None
+        raised: BaseException | None = None
         watched = probes()
         with torch.enable_grad():
             try:
@@ -168,7 +168,7 @@ def _run(
                     _differentiate(step())
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except Exception as error:  # noqa: BLE001 - seeing it is what a replay is for
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - seeing it is what a replay is for
                 raised = error
             # A thread that the step started may have caught it.
             raised = raised or getattr(watched, "failure", None)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from ampcheck.observe.carried import without_graphs
 from ampcheck.observe.state import copied_iterator
-from ampcheck.observe.statements import Statements, pytorchs_context
+from ampcheck.observe.statements import Statements, is_not_finite, pytorchs_context
 from ampcheck.source.lines import is_library, is_ours, is_torch, names_of, qualified_name, site_of
 from ampcheck.source.syntax import FUNCTIONS, LOOPS, blocks, covers, tree_of
 from ampcheck.trace import Carried
@@ -82,20 +82,36 @@ class Rerun:
             exec(self._code, names)
 
 
-def of_traceback(traceback: TracebackType | None) -> Iterator[Rerun]:
-    """Yield reruns of what led to an exception: its statement and what that needs, then ever more around it."""
+def of_traceback(traceback: TracebackType | None, *, numbers: bool = False) -> Iterator[Rerun]:
+    """Yield reruns of what led to an exception: its statement and what that needs, then ever more around it.
+
+    ``numbers``: that includes what computed values that are not finite.
+    """
     standing: list[Standing] = []
     while traceback is not None:
         standing.append(Standing(traceback.tb_frame, traceback.tb_lineno, traceback.tb_lasti))
         traceback = traceback.tb_next
     outer = standing[0].frame.f_back if standing else None
-    yield from _reruns([*_running(outer), *standing], left=len(standing), failed=True)
+    yield from _reruns([*_running(outer), *standing], left=len(standing), numbers=numbers)
 
 
-def of_frame(frame: FrameType, *, failed: bool = False) -> Iterator[Rerun]:
-    """Yield reruns of what led to where a running frame stands, with all that called it. ``failed``: the step is known
-    to be faulty, and not only suspected."""
-    yield from _reruns(_running(frame), left=0, failed=failed)
+def of_frame(frame: FrameType, *, numbers: bool = False) -> Iterator[Rerun]:
+    """Yield reruns of what led to where a running frame stands, with all that called it.
+
+    ``numbers``: values are not finite there; otherwise the step is only suspected of a fault.
+    """
+    yield from _reruns(_running(frame), left=0, numbers=numbers)
+
+
+def leaves_not_finite(traceback: TracebackType | None) -> bool:
+    """Whether the innermost of the user's functions that an exception left holds a number that is not finite."""
+    inner: FrameType | None = None
+    while traceback is not None:
+        frame = traceback.tb_frame
+        inner = inner if is_library(frame.f_code.co_filename) else frame
+        traceback = traceback.tb_next
+    numbers = inner.f_locals.values() if inner is not None else ()
+    return any(is_not_finite(one) for one in numbers if isinstance(one, float) or getattr(one, "ndim", None) == 0)
 
 
 def _running(frame: FrameType | None) -> list[Standing]:
@@ -106,7 +122,7 @@ def _running(frame: FrameType | None) -> list[Standing]:
     return standing[::-1]
 
 
-def _reruns(standing: list[Standing], left: int, *, failed: bool) -> Iterator[Rerun]:
+def _reruns(standing: list[Standing], left: int, *, numbers: bool) -> Iterator[Rerun]:
     """Yield reruns, smallest first. An exception left the last ``left`` frames, and with them their ``with`` blocks."""
     ours = (one for one in standing if not is_ours(one.frame.f_code.co_filename))
     outside = list(itertools.takewhile(lambda one: not _is_inside(one), ours))
@@ -128,7 +144,8 @@ def _reruns(standing: list[Standing], left: int, *, failed: bool) -> Iterator[Re
         if path is None:
             continue
         around = [context for outer in users[:index] if id(outer.frame) not in alive for context in _around(outer)]
-        taken = Statements({**one.frame.f_globals, **one.frame.f_locals}, training=not failed)
+        names = {**one.frame.f_globals, **one.frame.f_locals}
+        taken = Statements(names, training=not left and not numbers, numbers=numbers)
         starts = [at for at, node in enumerate(path) if taken.begins(node)][-_MOST_LOOPS:]
         carried += _carried(one, path, starts[-1]) if left and starts else ()
         for start in reversed(starts):

@@ -7,6 +7,7 @@ import contextlib
 import dis
 import inspect
 import io
+import math
 import re
 import socket
 import sys
@@ -29,17 +30,24 @@ _NAMES = (ast.Name, ast.Attribute)
 _TELLING = ("log", "save", "print", "plot", "write", "visual", "display", "record", "report", "checkpoint", "dump")
 # The methods of tensors and modules that write.
 _IN_PLACE = re.compile(r"[a-z]\w*[a-z\d]_|_foreach_\w+_|data|load_state_dict")
+# A larger tensor is data.
+_MOST_ELEMENTS = 2**22
 # Parts of the names of methods that build a module.
 _BUILDING = ("add_module", "register_", "load_", "compile")
 
 
 class Statements:
-    """Chooses the statements that compute with tensors, by what the variables hold."""
+    """Chooses the statements that compute with tensors, by what the variables hold.
 
-    def __init__(self, names: Mapping[str, Any], *, training: bool) -> None:
+    ``training``: nothing has failed. ``numbers``: also those that computed what is not finite.
+    """
+
+    def __init__(self, names: Mapping[str, Any], *, training: bool, numbers: bool = False) -> None:
         self.names = names
         self._training = training
         self._graphs = {name for name, value in names.items() if _carries_graph(value)}
+        if numbers:
+            self._graphs |= {name for name, value in names.items() if is_not_finite(value)}
         self._traced = True
 
     def begins(self, node: ast.AST) -> bool:
@@ -365,6 +373,18 @@ def _last(node: ast.AST) -> ast.stmt | None:
     if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Assert, ast.With, ast.Delete)):
         return node
     return None
+
+
+def is_not_finite(value: Any) -> bool:
+    """Whether a number, or a tensor among the value's, is not finite."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    with contextlib.suppress(Exception):
+        return any(
+            tensor.is_floating_point() and tensor.numel() <= _MOST_ELEMENTS and not bool(torch.isfinite(tensor).all())
+            for tensor in tensors_in(value)
+        )
+    return False
 
 
 def pytorchs_context(expression: ast.expr, names: Mapping[str, Any]) -> Any:

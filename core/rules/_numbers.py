@@ -11,6 +11,8 @@ from ampcheck.trace import NonFinite, Origin, Site, Trace
 
 _PRECISIONS = ("float32", "bfloat16", "scale_1")
 _ATTENTION = ("softmax", "attention")
+# They leave float32's range for operands of ordinary size.
+_GROWING = ("exp", "pow", "sinh", "cosh", "prod", "cumprod")
 Told = tuple[NonFinite, Origin]
 
 
@@ -20,7 +22,9 @@ def code_of(found: NonFinite) -> str:
     if origin is None:
         return "AMP501"
     if origin.kind == "overflow":
-        return "AMP502" if origin.dtype in LOW_PRECISION else "AMP501"
+        if origin.dtype in LOW_PRECISION:
+            return "AMP502"
+        return "AMP504" if origin.op.removeprefix("aten::").startswith(_GROWING) else "AMP501"
     if origin.kind == "given" and origin.given is not None:
         return "AMP510" if origin.given.what == "input" else "AMP511"
     if origin.kind == "masked":
@@ -82,6 +86,15 @@ def op_of(origin: Origin) -> str:
     """```bmm``` or ``the gradient of `bmm```."""
     name = f"`{origin.op.partition('::')[2] or origin.op}`"
     return f"the gradient of {name}" if origin.phase == "backward" else name
+
+
+def overflowed(origin: Origin) -> str:
+    """What the result truly is, beside the end of its dtype."""
+    if origin.true_value is None or origin.limit is None:
+        return ""
+    if abs(origin.true_value) <= origin.limit:
+        return f" on the way: the result itself is {number(origin.true_value)}"
+    return f": its true value is {number(origin.true_value)}, and {origin.dtype} ends at {number(origin.limit)}"
 
 
 def number(value: float) -> str:

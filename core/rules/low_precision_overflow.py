@@ -6,8 +6,8 @@ from ampcheck.rules._numbers import (
     compared,
     data_of,
     in_float32,
-    number,
     op_of,
+    overflowed,
     reached,
     sites_of,
     told_as,
@@ -15,7 +15,7 @@ from ampcheck.rules._numbers import (
 )
 from ampcheck.rules._words import sentence
 from ampcheck.rules.rule import Evidence, Severity, rule
-from ampcheck.trace import Origin, Trace
+from ampcheck.trace import Trace
 
 
 @rule(
@@ -53,18 +53,10 @@ def low_precision_overflow(trace: Trace) -> Iterator[Evidence]:
         float32 = found.outcomes.get("float32")
         diverges = float32 is not None and float32.finite is False
         yield Evidence(
-            f"{acquitted(found)}{sentence(op_of(origin))} overflowed {origin.dtype}{where(found)}{_value(origin)}; "
+            f"{acquitted(found)}{sentence(op_of(origin))} overflowed {origin.dtype}{where(found)}{overflowed(origin)}; "
             f"{reached(found)}.{compared(found)}",
             module=origin.module,
             sites=sites_of(origin),
             data=data_of(found, origin),
             fix=GROWN if diverges else in_float32(trace, found, origin),
         )
-
-
-def _value(origin: Origin) -> str:
-    if origin.true_value is None or origin.limit is None:
-        return ""
-    if abs(origin.true_value) <= origin.limit:
-        return f" on the way: the result itself is {number(origin.true_value)}"
-    return f": its true value is {number(origin.true_value)}, and {origin.dtype} ends at {number(origin.limit)}"

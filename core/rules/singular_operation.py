@@ -6,6 +6,7 @@ from ampcheck.rules._numbers import (
     data_of,
     in_float32,
     op_of,
+    overflowed,
     reached,
     sites_of,
     told_as,
@@ -20,7 +21,7 @@ _FIXES = (
     (("cdist", "norm", "dist"), "Add a small number under its root: `(x.square().sum(-1) + 1e-12).sqrt()`."),
     (("rsqrt", "sqrt", "pow"), "Keep its operand above 0: `x.clamp(min=1e-12)` before the op."),
     (("log",), "Keep its operand above 0: `x.clamp(min=1e-12)` before the op."),
-    (("exp",), "Bound its operand: `x.clamp(max=...)` before the op."),
+    (("exp", "sinh", "cosh"), "Bound its operand: `x.clamp(max=...)` before the op; a mask after it is too late."),
     (("acos", "asin", "atanh"), "Keep its operand inside (-1, 1): `x.clamp(-1 + 1e-6, 1 - 1e-6)` before the op."),
     (("div", "reciprocal"), "Keep its divisor away from 0: `.clamp(min=...)`, or `torch.where` on the divisor."),
     (("var", "std"), "Give it more than one element, and keep the variance above 0 before a root."),
@@ -36,11 +37,12 @@ _FIXES = (
     needs=("numbers",),
 )
 def singular_operation(trace: Trace) -> Iterator[Evidence]:
-    """An op is not finite for these operands in any precision, and the loss or a gradient is not finite.
+    """An op is not finite for these operands whatever the precision, and the loss or a gradient is not.
 
     What it does
-        Computes the op alone again in float64, from the same operands. It is not finite there either: 0 / 0, the
-        logarithm or the root's gradient at 0, an infinity times 0.
+        Computes the op alone again in float64, from the same operands. It is not finite there either (0 / 0, the
+        logarithm or the root's gradient at 0, an infinity times 0), or an exponential or a power that float32 cannot
+        hold.
 
     Why is this bad?
         It is a fault of the formula, or of the data, at a point that one batch reaches. `torch.where` after the op does
@@ -72,6 +74,8 @@ def singular_operation(trace: Trace) -> Iterator[Evidence]:
 
 def _what(origin: Origin) -> str:
     name = sentence(op_of(origin))
+    if origin.kind == "overflow":
+        return f"{name} overflowed {origin.dtype}{overflowed(origin)}"
     if origin.kind == "masked":
         return f"{name} turned infinities that the code wrote{place(origin.fill)} into NaN"
     zeros = [one.zeros for one in origin.operands if one.zeros]

@@ -160,7 +160,7 @@ def a_sample_of_the_batch() -> None:
         optimizer.step()
 
 
-@failing("AMP501", "aten::exp", "overflow", float32=False)
+@failing("AMP504", "aten::exp", "overflow", float32=False)
 def an_exponential_beyond_float32() -> None:
     model = net()
     optimizer = sgd(model)
@@ -442,6 +442,21 @@ class TestWeightsInLowPrecision:
 
     def test_updates_that_are_large_enough(self) -> None:
         assert "AMP508" not in self.trained(0.05)
+
+
+def test_a_program_that_leaves() -> None:
+    def program() -> None:
+        model = net()
+        for step, x in rows():
+            loss = (model(x) * (step < FROM)).abs().log().mean()  # <- origin
+            if not math.isfinite(loss.item()):
+                raise SystemExit(1)
+            loss.backward()
+
+    said: list[str] = []
+    with pytest.raises(SystemExit), ampcheck.watch(None, report=False, numerics="guard", emit=said.append):
+        program()
+    assert "AMP504" in "".join(said)
 
 
 def test_a_check_of_the_programs_own() -> None:

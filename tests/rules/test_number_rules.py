@@ -112,9 +112,14 @@ class TestLowPrecisionOverflow:
         assert "the loss is finite, and its gradients are not (w first)" in seen.message
 
     def test_float32_overflows_too(self):
-        seen = findings(failed(dataclasses.replace(OVERFLOW, dtype="float32", op="aten::exp"), NOWHERE))
+        seen = findings(failed(dataclasses.replace(OVERFLOW, dtype="float32", op="aten::mm"), NOWHERE))
         assert [one.code for one in seen] == ["AMP501", "AMP515"]
-        assert "Bound its operand" in seen[0].fix
+        assert "learning rate" in seen[0].fix
+
+    def test_an_exponential_that_float32_cannot_hold(self):
+        seen = only(failed(dataclasses.replace(OVERFLOW, dtype="float32", op="aten::exp"), NOWHERE))
+        assert seen.code == "AMP504"
+        assert "Bound its operand" in seen.fix
 
 
 def test_only_the_scale_was_too_large():
