@@ -698,6 +698,7 @@ class AmpChecker:
                 phase, watched, info.device_type, self._ended, info=other, autocast=autocast,
                 suspected=self._suspected, batch=batch, entry=entry, compiled=compiled,
                 float16=self._numerics != "off" and run.trace.precision.dtype == "float16",
+                optimizers=held.optimizers,
             )  # fmt: skip
             run.open.append(step)
             return step

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,9 @@ class Guard:
         self._noticed, self._failed = noticed, failed
         self._every, self._passes = every, passes
         self._sentinels: Sequence[torch.Tensor] = ()
+        self._known = {id(one) for one in self._parameters}
+        self._others: dict[int, Sequence[torch.Tensor]] = {}
+        self._heard: set[FunctionType] = set()
         self.random: tuple[Any, ...] | None = None
         self._in_a_row = 0
         self._before = 0
@@ -106,7 +109,7 @@ class Guard:
 
     def end(self) -> None:
         self._listening.end()
-        self._parameters, self._sentinels = [], ()
+        self._parameters, self._sentinels, self._others = [], (), {}
         self._pending.clear()
 
     def _mine(self) -> bool:
@@ -149,11 +152,33 @@ class Guard:
         if self._every:
             return [one.grad for one in self._parameters if one.grad is not None and not one.grad.is_sparse]
         if not self._sentinels:
-            trained = [one for one in self._parameters if one.grad is not None and not one.grad.is_sparse]
-            share = max(1, -(-len(trained) // _SENTINELS))
-            parts = (trained[start : start + share] for start in range(0, len(trained), share))
-            self._sentinels = [min(part, key=torch.Tensor.numel) for part in parts]
+            self._sentinels = _spread(self._parameters)
         return [one.grad for one in self._sentinels if one.grad is not None]
+
+    def _meet(self, optimizer: torch.optim.Optimizer) -> None:
+        """From its next step on, look at the gradients that an optimizer of another model takes, on the CPU."""
+        held = [one for group in optimizer.param_groups for one in group["params"]]
+        if id(optimizer) in self._others or not held or id(held[0]) in self._known or held[0].device.type != "cpu":
+            return
+        self._others[id(optimizer)] = _spread(held)
+        step = type(optimizer).step
+        if isinstance(step, FunctionType) and step not in self._heard:
+            self._heard.add(step)
+            self._listening.to(step, before=self._other_will_step)
+
+    def _other_will_step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        sentinels = self._others.get(id(optimizer))
+        if sentinels is None or self._bad or not self._mine():
+            return
+        try:
+            with alone():
+                finite = all(_finite(one.grad) for one in sentinels if one.grad is not None)
+            frame = next(callers(sys._getframe(1)))
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)
+            return
+        if not finite:
+            self._tell(Noticed("gradient", frame, self.step, self.random, None))
 
     def _in_time(
         self, losses: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], frame: FrameType
@@ -196,6 +221,8 @@ class Guard:
         if not self._mine():
             return
         try:
+            if args:
+                self._meet(args[0])
             self.optimizer_steps[id(args[0]) if args else 0] += 1
             self._stepped, self._bad = True, False
             self.random = random_state()
@@ -221,6 +248,14 @@ class Guard:
     def _fail(self, error: Exception) -> None:
         self.end()
         self._failed(bare(error))
+
+
+def _spread(parameters: Iterable[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """A few small parameters that have gradients, from all over a model."""
+    trained = [one for one in parameters if one.grad is not None and not one.grad.is_sparse]
+    share = max(1, -(-len(trained) // _SENTINELS))
+    parts = (trained[start : start + share] for start in range(0, len(trained), share))
+    return [min(part, key=torch.Tensor.numel) for part in parts]
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -30,6 +30,8 @@ _NAMES = (ast.Name, ast.Attribute)
 _TELLING = ("log", "save", "print", "plot", "write", "visual", "display", "record", "report", "checkpoint", "dump")
 # The methods of tensors and modules that write.
 _IN_PLACE = re.compile(r"[a-z]\w*[a-z\d]_|_foreach_\w+_|data|load_state_dict")
+# In-place methods that change no number.
+_HARMLESS = frozenset({"requires_grad_", "detach_", "share_memory_"})
 # A larger tensor is data.
 _MOST_ELEMENTS = 2**22
 # Parts of the names of methods that build a module.
@@ -44,7 +46,7 @@ class Statements:
 
     def __init__(self, names: Mapping[str, Any], *, training: bool, numbers: bool = False) -> None:
         self.names = names
-        self._training = training
+        self._training, self._numbers = training, numbers
         self._graphs = {name for name, value in names.items() if _carries_graph(value)}
         if numbers:
             self._graphs |= {name for name, value in names.items() if is_not_finite(value)}
@@ -79,7 +81,45 @@ class Statements:
             after = [taken for node in block[at + 1 :] if (taken := self.of(node)) is not None] if beyond else []
             before = [taken for node in reversed(block[:at]) if (taken := self.of(node)) is not None]
             statements = [*reversed(before), *statements, *after]
+        if statements is not None and self._numbers:
+            return [*self._not_repeated(statements[:-1], set()), *statements[-1:]]
         return statements
+
+    def _not_repeated(self, nodes: Iterable[ast.stmt], made: set[str]) -> Iterator[ast.stmt]:
+        """Leave out what has changed the variables already: a number that it changes once more is another number.
+
+        These are writes to tensors that no statement before them makes, and the steps of optimizers.
+        """
+        for node in nodes:
+            if self._changes(node, made):
+                continue
+            for block in blocks(node):
+                block[:] = self._not_repeated(block, made)
+            if isinstance(node, (ast.With, ast.If, *LOOPS)) and not node.body:
+                node.body = [ast.copy_location(ast.Pass(), node)]
+            made.update(ast.unparse(one) for one in ast.walk(node) if _is_stored(one))
+            yield node
+
+    def _changes(self, node: ast.stmt, made: set[str]) -> bool:
+        target: ast.expr | None = None
+        if isinstance(node, ast.AugAssign):
+            target = node.target
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+            target = node.targets[0].value
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            call = node.value
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            root = self._root(call.func.value) if isinstance(call.func, ast.Attribute) else None
+            if isinstance(root, (torch.optim.Optimizer, torch.amp.GradScaler)):
+                return name in ("step", "update")
+            if not _IN_PLACE.fullmatch(name) or name in _HARMLESS or not isinstance(call.func, ast.Attribute):
+                return False
+            target = call.func.value if isinstance(root, torch.Tensor) or not call.args else call.args[0]
+        if target is None:
+            return False
+        value = self._root(target)
+        of_tensor = isinstance(value, torch.Tensor) and value.grad_fn is None
+        return of_tensor and not any(name in made for name in _names_of(target))
 
     def carried(self, statements: Iterable[ast.stmt]) -> list[str]:
         """What detaches each variable with a graph that statements may read before they give it a value."""
@@ -223,7 +263,14 @@ class Statements:
             root = self._root(function.value) if isinstance(function, ast.Attribute) else None
             module = getattr(called, "__module__", None) or getattr(root, "__name__", "")
             return given and str(module).partition(".")[0] in ("torch", "numpy")
+        if self._numbers and not any(self._has_numbers(one) for one in expression.args):
+            # Given a model alone, it has changed that already.
+            return "backward" in code.co_names
         return not _tells(code) and (given or _writes_to_what_it_reaches(called))
+
+    def _has_numbers(self, expression: ast.expr) -> bool:
+        values = (self._value(node) for node in ast.walk(expression) if isinstance(node, (ast.Name, ast.Attribute)))
+        return any(next(tensors_in(value), None) is not None for value in values)
 
     def _root(self, expression: ast.expr) -> Any:
         """The value that a chain of attributes, calls and subscripts starts with, as far as it can be looked up."""
@@ -263,6 +310,22 @@ class Statements:
             isinstance(value, computing) or _shares_memory(value) or next(tensors_in(value), None) is not None
             for value in values
         )
+
+
+def _is_stored(node: ast.AST) -> bool:
+    return isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store)
+
+
+def _names_of(expression: ast.expr) -> Iterator[str]:
+    """An expression, and what it takes attributes and items of."""
+    while True:
+        yield ast.unparse(expression)
+        if isinstance(expression, ast.Call):
+            expression = expression.func
+        elif isinstance(expression, (ast.Attribute, ast.Subscript)):
+            expression = expression.value
+        else:
+            return
 
 
 def _reachable(values: Iterable[Any]) -> Iterator[Any]:

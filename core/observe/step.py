@@ -45,10 +45,10 @@ class WatchedStep:
     """The probes around one step of ``model``.
 
     When they are gone, ``ended`` is called with the step and what its body raised. ``info`` describes the model if it
-    is not the attached one, ``entry`` wraps it, and ``compiled`` says that parts of either are compiled. ``float16``:
-    the step is asked to compute in it. ``autocast`` is a probe that is active already. ``suspected`` is called after a
-    backward pass that may have used a stale tensor, with the frame that began the pass; from such frames ``batch``
-    finds what computes the step's loss again.
+    is not the attached one, ``entry`` wraps it, ``optimizers`` train it, and ``compiled`` says that parts of either are
+    compiled. ``float16``: the step is asked to compute in it. ``autocast`` is a probe that is active already.
+    ``suspected`` is called after a backward pass that may have used a stale tensor, with the frame that began the pass;
+    from such frames ``batch`` finds what computes the step's loss again.
 
     ``replayed``: the step runs again and is thrown away, with nothing compiled. What it shows matters more than what it
     costs: each write and each save is logged with its line.
@@ -68,6 +68,7 @@ class WatchedStep:
         entry: nn.Module | None = None,
         compiled: bool = False,
         float16: bool = False,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
         replayed: bool = False,
         changed: frozenset[int] = frozenset(),
     ) -> None:
@@ -86,7 +87,7 @@ class WatchedStep:
             self._aliases = AliasProbe(modules)
             self._graph = GraphProbe(model, device_type, self._autocast, modules, self._aliases, notify)
             self._scaler = ScalerProbe()
-        self._updates = UpdateProbe(model) if phase == "training" and not replayed else None
+        self._updates = UpdateProbe(model, optimizers) if phase == "training" and not replayed else None
         self._ranges: RangeProbe | None = None
         if float16 and self._scaler is not None and not replayed:
             self._ranges = RangeProbe(model, self._scaler.scale)

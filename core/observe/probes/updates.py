@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
+from collections.abc import Iterable
+from types import FunctionType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,18 +36,22 @@ class UpdateProbe:
     """Compares a sample of the elements of float16 and bfloat16 parameters before and after PyTorch's own optimizers
     step. Others may round in their own way, or keep a float32 copy."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self.error: Exception | None = None
         self.updates: tuple[Updates, ...] = ()
         self._model = model
+        self._optimizers = list(optimizers)
         self._before: dict[int, _Before] = {}
         self._thread = threading.get_ident()
         self._listening = Listening()
 
     def __enter__(self) -> UpdateProbe:
         self._thread = threading.get_ident()
+        steps = {type(one).step for one in self._optimizers if type(one).__module__.startswith("torch.optim")}
         if any(parameter.dtype in _LOW for parameter in self._model.parameters()):
-            self._listening.to(torch.optim.Optimizer._optimizer_step_code, before=self._will_step)
+            for step in steps:
+                if isinstance(step, FunctionType):
+                    self._listening.to(step, before=self._will_step)
         return self
 
     def __exit__(
@@ -55,10 +60,11 @@ class UpdateProbe:
         self._listening.end()
         self._compare()
         self._before.clear()
+        self._optimizers.clear()
 
     @contained
     def _will_step(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        if threading.get_ident() != self._thread or not type(optimizer).__module__.startswith("torch.optim"):
+        if threading.get_ident() != self._thread or all(optimizer is not one for one in self._optimizers):
             return
         with alone():
             for group in optimizer.param_groups:
