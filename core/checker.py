@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import sys
 import warnings
@@ -170,13 +171,15 @@ class AmpChecker:
         emit: Emit | None = None,
         log: Log | None = None,
         directory: str | os.PathLike[str] | None = None,
+        first_step: int | None = 0,
     ) -> Report | None:
         """Start a fit: look at the model and what trains it, judge, and report.
 
         Walks over ``model``, ``optimizers``, ``scaler`` and the ``averaged`` copy of the model. Reports on rank 0, one
         call a message, through ``log``, such as a logger's method of that name, at the level of a finding's severity,
         or through ``emit``, which takes no level (default: standard error). Called again before ``detach``, it looks
-        again at what it is given, and reports only what is new. Returns ``None`` if AmpCheck failed and switched itself
+        again at what it is given, and reports only what is new. ``first_step`` is the number of optimizer steps before
+        this fit, such as those before a resume; ``None`` if steps cannot be numbered. Returns ``None`` if AmpCheck failed and switched itself
         off. Raises ``FindingsError``.
         """
         try:
@@ -187,6 +190,7 @@ class AmpChecker:
                 return None
             run.teller.emit, run.teller.log = emit, log
             run.teller.directory = Path(directory) if directory is not None else None
+            run.first_step = first_step
             run.held = held = Held(model, unwrapped(model), tuple(optimizers), scaler, averaged)
             with alone():
                 info = replace(walk(held.model), compiled=is_compiled(model))
@@ -348,12 +352,12 @@ class AmpChecker:
         except Exception as fault:  # noqa: BLE001 - the user's exception stays in front, whatever happens to ours
             self.switch_off(fault)
 
-    def look(self, moment: str, *, steps: int | None = None) -> None:
+    def look(self, moment: str, *, steps: int | None = None, loss: float | None = None) -> None:
         """Look at the numbers where training stops anyway: at weights, statistics, the averaged model and the scale.
 
         ``moment`` says when that is (``"at the end of epoch 3"``), ``steps`` how many optimizer steps the host has
-        asked for since fit start, skipped ones included. If something is wrong, the numbers of the next steps are
-        looked at too. Raises ``FindingsError``.
+        asked for since fit start, skipped ones included, ``loss`` a loss that the host has read. If something is wrong,
+        the numbers of the next steps are looked at too. Raises ``FindingsError``.
         """
         run = self._run
         held = run.held
@@ -374,21 +378,28 @@ class AmpChecker:
             if state is not None and run.trace.numbers and not run.scaling:
                 # That is what became of the step that was told.
                 state = None
+            seen = None
+            if loss is not None and not math.isfinite(loss) and state is None and not run.trace.numbers:
+                seen = NonFinite("loss", loss=loss, precision=run.trace.precision.dtype, said=f"it was seen {moment}")
             run.trace = replace(run.trace, state=run.trace.state or state, skips=skips)
+            if seen is not None and self._numerics == "free":
+                run.trace = replace(run.trace, numbers=(seen,))
             findings, not_judged = judge(run.trace, self._rules)
             run.report = Report(run.trace, tuple(map(self._tried, findings)), not_judged)
             run.teller.tell_own(run.report)
-            troubled = state is not None or any(one.code == "AMP512" for one in findings)
-            if troubled and self._numerics == "free" and run.rearmed < _MOST_DIAGNOSES:
+            # Weights that are lost say nothing more.
+            lost = state is not None and state.parameters
+            troubled = state is not None or seen is not None or any(one.code == "AMP512" for one in findings)
+            if troubled and not lost and self._numerics == "free" and run.rearmed < _MOST_DIAGNOSES:
                 run.rearmed += 1
-                self._guard(passes=_REARMED)
+                self._guard(passes=_REARMED, began=steps)
             self.enforce()
         except FindingsError:
             raise
         except Exception as error:  # noqa: BLE001
             self.switch_off(error)
 
-    def _guard(self, passes: int | None = None) -> None:
+    def _guard(self, passes: int | None = None, began: int | None = 0) -> None:
         """Look at the numbers of the steps to come, of all or of as many as ``passes``."""
         run, held = self._run, self._run.held
         if held is None or (run.guard is not None and run.guard.active):
@@ -396,7 +407,7 @@ class AmpChecker:
         trained = [one for optimizer in held.optimizers for group in optimizer.param_groups for one in group["params"]]
         own = held.model.parameters()
         stop = self._numerics == "stop"
-        run.guard = Guard(trained or own, self._not_finite, self.switch_off, every=stop, passes=passes)
+        run.guard = Guard(trained or own, self._not_finite, self.switch_off, every=stop, passes=passes, began=began)
         run.guard.begin()
 
     def _not_finite(self, noticed: Noticed) -> bool:
@@ -419,11 +430,13 @@ class AmpChecker:
                 run.unguard()
             if any(_same_origin(found, one) for one in run.trace.numbers or ()):
                 return False
-            run.trace = replace(run.trace, numbers=(*(run.trace.numbers or ()), found))
+            before = (one for one in run.trace.numbers or () if found.origin is None or one.origin is not None)
+            run.trace = replace(run.trace, numbers=(*before, found))
             findings, not_judged = judge(run.trace, self._rules)
             run.report = Report(run.trace, tuple(map(self._tried, findings)), not_judged)
             if self._numerics == "stop":
-                stop = FloatingPointError(f"the {found.root} of step {noticed.step} is not finite")
+                of_step = f" of step {found.step}" if found.step is not None else ""
+                stop = FloatingPointError(f"the {found.root}{of_step} is not finite")
                 setattr(stop, _DIAGNOSED, True)
                 run.teller.note(stop, run.report.findings, run.trace)
                 run.teller.write(run.report)
@@ -460,12 +473,20 @@ class AmpChecker:
         late = "the optimizer had stepped before it was noticed, so the replay ran with other weights"
         return replace(
             found,
-            step=noticed.step,
+            step=self._number_of(noticed.step),
             loss=noticed.loss if noticed.loss is not None else found.loss,
             scale=scaler.get_scale() if scaler is not None and scaling else None,
             precision=precision.dtype,
             approximate=late if noticed.late else None,
         )
+
+    def _number_of(self, step: int) -> int | None:
+        """The host's number of a step that the guard has counted."""
+        guard, held, first = self._run.guard, self._run.held, self._run.first_step
+        number = guard.number_of(step) if guard is not None else None
+        if number is None or first is None or held is None or len(held.optimizers) > 1:
+            return None
+        return first + number
 
     def _rejected(self, error: Exception, batch: Rerun | None) -> tuple[NonFinite, ...] | None:
         """Where the value that was refused for not being finite comes from."""
@@ -477,7 +498,7 @@ class AmpChecker:
         found = numbers.explained(steps, random=guard.random if guard is not None else None, error=error)
         if found is None or found.origin is None:
             return earlier
-        step = guard.step if guard is not None else None
+        step = self._number_of(guard.step) if guard is not None else None
         return (replace(found, step=step, precision=self._run.trace.precision.dtype),)
 
     def _failing_again(self, error: Exception, failure: Failure, batch: Rerun | None) -> FailedAgain | None:

@@ -43,7 +43,8 @@ class Run:
     last one showed that an exception left, ``failures`` the reports on exceptions, and ``survived`` what was found on
     those that the program went on after. ``find_batch`` finds the batch of a host's step in the frames that run it.
     ``diagnosed`` counts the steps that were replayed because of their numbers, ``rearmed`` how often a look led to
-    that. ``state`` and ``scale`` remember what was looked at before.
+    that. ``state`` and ``scale`` remember what was looked at before. ``first_step`` is the number of optimizer steps
+    before this run, such as those before a resume, if the host knows it.
     """
 
     teller: Teller
@@ -63,6 +64,7 @@ class Run:
     rearmed: int = 0
     state: State | None = None
     scale: Scale | None = None
+    first_step: int | None = 0
 
     def expect(self, watch_steps: int, device_type: str) -> None:
         """Set what this run watches, and the reasons to give for what it has not yet watched."""
@@ -118,5 +120,6 @@ class Run:
         """Stop watching; the steps being watched show nothing."""
         self.unguard()
         self.training_left, self.evaluation_left = 0, False
+        self.find_batch = self.state = self.scale = None
         while self.open:
             self.open.pop().abandon()
