@@ -179,8 +179,8 @@ class AmpChecker:
         call a message, through ``log``, such as a logger's method of that name, at the level of a finding's severity,
         or through ``emit``, which takes no level (default: standard error). Called again before ``detach``, it looks
         again at what it is given, and reports only what is new. ``first_step`` is the number of optimizer steps before
-        this fit, such as those before a resume; ``None`` if steps cannot be numbered. Returns ``None`` if AmpCheck failed and switched itself
-        off. Raises ``FindingsError``.
+        this fit, such as those before a resume; ``None`` if it cannot be told. Returns ``None`` if AmpCheck failed
+        and switched itself off. Raises ``FindingsError``.
         """
         try:
             again = self._run.held is not None
@@ -385,8 +385,11 @@ class AmpChecker:
             if seen is not None and self._numerics == "free":
                 run.trace = replace(run.trace, numbers=(seen,))
             findings, not_judged = judge(run.trace, self._rules)
+            counted = [one.severity for one in (run.report.findings if run.report else ()) if one.code == "AMP512"]
             run.report = Report(run.trace, tuple(map(self._tried, findings)), not_judged)
-            run.teller.tell_own(run.report)
+            # Its numbers are new at each look.
+            again = [one for one in findings if one.code == "AMP512" and one.severity in counted]
+            run.teller.tell_own(run.report, again)
             # Weights that are lost say nothing more.
             lost = state is not None and state.parameters
             troubled = state is not None or seen is not None or any(one.code == "AMP512" for one in findings)
