@@ -71,7 +71,7 @@ class Pooled(Late):
         mask = x.sigmoid() + 60.0 * late
         big = mask[:, :, None].expand(-1, -1, 100)
         area = big.sum(dim=(1, 2))  # <- origin
-        return x * (mask.mean(1) / (area + 1))[:, None]
+        return x * (area / (area + 1))[:, None]
 
 
 class UnitRows(Late):
@@ -195,7 +195,7 @@ class DigitNet(nn.Module):
 
 
 class Statistics(nn.Module):
-    """Batch norm over what overflows once, in training call ``step``: a scaler saves the weights, not the statistics."""
+    """Batch norm over what overflows once, in training step ``step``: a scaler does not save its statistics."""
 
     def __init__(self, step: int = STEP) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Statistics(nn.Module):
         self.calls += self.training
         if self.training and self.calls == self.step + 1:
             x = x * float("inf")
-        return self.norm(x)
+        return self.norm(x).nan_to_num()
 
 
 def assert_true(finding: Any, layer: type[Late], module: str, step: int | None = STEP) -> None:
