@@ -102,6 +102,7 @@ def test_stop(script: Any, layer: type[Late]) -> None:
     assert_true(finding, layer, "layer")
     assert finding.code in raised.value.__notes__[0]
     assert finding.host_fix == FIXES.get(f"{finding.code}:bfloat16")
+    run.checker.detach()
     assert all(torch.equal(value, weights[-1][name]) for name, value in run.model.named_parameters())
 
 
