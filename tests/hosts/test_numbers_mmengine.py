@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("mmengine")
 
-from failing_layers import LAYERS, STEP, Angle, DigitNet, Late, Scores, Statistics, assert_true
+from failing_layers import LAYERS, STEP, Angle, DigitNet, Late, Masked, Scores, Statistics, assert_true
 from hosts.mmengine_digits import DigitsNet
 from hosts.test_mmengine import BFLOAT16, Build, Look, build, lines_of, one_thread  # noqa: F401
 from mmengine.registry import MODELS
@@ -121,20 +121,20 @@ def test_step_is_the_host_s_after_a_resume(build: Build) -> None:  # noqa: F811
 def test_no_step_is_told_of_two_optimizers(build: Build) -> None:  # noqa: F811
     runner = build(
         **options(
-            Angle, "guard", model={"type": "TwoPartLayerNet", "layer": "Angle"},
+            Masked, "guard", model={"type": "TwoPartLayerNet", "layer": "Masked"},
             optim_wrapper={**copy.deepcopy(BFLOAT16), "constructor": "TwoPartConstructor"},
         )
     )  # fmt: skip
     runner.train()
     (finding,) = numeric(runner)
-    assert_true(finding, Angle, "net.layer", None)
+    assert_true(finding, Masked, "net.layer", None)
 
 
 @MODELS.register_module(force=True)
 class TwoPartLayerNet(MODELS.get("TwoPartDigitsNet")):
     def __init__(self, layer: str) -> None:
         super().__init__()
-        self.net = DigitNet(Angle())
+        self.net = DigitNet(Masked())
 
     def logits(self, images: Tensor) -> Tensor:
         return super().logits(images) + self.net(images)
