@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import sys
 import warnings
@@ -169,14 +170,16 @@ class AmpChecker:
         emit: Emit | None = None,
         log: Log | None = None,
         directory: str | os.PathLike[str] | None = None,
+        first_step: int | None = 0,
     ) -> Report | None:
         """Start a fit: look at the model and what trains it, judge, and report.
 
         Walks over ``model``, ``optimizers``, ``scaler`` and the ``averaged`` copy of the model. Reports on rank 0, one
         call a message, through ``log``, such as a logger's method of that name, at the level of a finding's severity,
         or through ``emit``, which takes no level (default: standard error). Called again before ``detach``, it looks
-        again at what it is given, and reports only what is new. Returns ``None`` if AmpCheck failed and switched itself
-        off. Raises ``FindingsError``.
+        again at what it is given, and reports only what is new. ``first_step`` is the number of optimizer steps before
+        this fit, such as those before a resume; ``None`` if it cannot be told. Returns ``None`` if AmpCheck failed
+        and switched itself off. Raises ``FindingsError``.
         """
         try:
             again = self._run.held is not None
@@ -203,6 +206,9 @@ class AmpChecker:
             if not again:
                 run.expect(self._watch_steps, info.device_type)
             run.numerics = run.numerics or self._looking(held, info.device_type)
+            if run.numerics is not None:
+                # A host counts the steps of all optimizers together.
+                run.numerics.first_step = first_step if host is None or len(held.optimizers) < 2 else None
             if run.numerics is not None:
                 run.numerics.scaled_by(scaler)
                 if self._numerics != "free":
@@ -353,12 +359,12 @@ class AmpChecker:
         except Exception as fault:  # noqa: BLE001 - the user's exception stays in front, whatever happens to ours
             self.switch_off(fault)
 
-    def look(self, moment: str, *, steps: int | None = None) -> None:
+    def look(self, moment: str, *, steps: int | None = None, loss: float | None = None) -> None:
         """Look at the numbers where training stops anyway: at weights, statistics, the averaged model and the scale.
 
         ``moment`` says when that is (``"at the end of epoch 3"``), ``steps`` how many optimizer steps the host has
-        asked for since fit start, skipped ones included. If something is wrong, the numbers of the next steps are
-        looked at too. Raises ``FindingsError``.
+        asked for since fit start, skipped ones included, ``loss`` a loss that the host has read. If something is wrong,
+        the numbers of the next steps are looked at too. Raises ``FindingsError``.
         """
         run = self._run
         # A failure is what the report is about from then on.
@@ -366,10 +372,18 @@ class AmpChecker:
             return
         try:
             state, skips = run.numerics.look(moment, steps)
+            seen = None
+            if loss is not None and not math.isfinite(loss) and state is None and not run.trace.numbers:
+                seen = NonFinite("loss", loss=loss, precision=run.trace.precision.dtype, said=f"it was seen {moment}")
+            if seen is not None and self._numerics == "free":
+                run.trace = replace(run.trace, numbers=(seen,))
             run.trace = replace(run.trace, state=run.trace.state or state, skips=skips)
             findings = self._tell_own()
-            if self._numerics == "free" and (state is not None or any(one.code == "AMP512" for one in findings)):
-                run.numerics.rearm()
+            # Weights that are lost say nothing more.
+            lost = state is not None and state.parameters
+            troubled = state is not None or seen is not None or any(one.code == "AMP512" for one in findings)
+            if troubled and not lost and self._numerics == "free":
+                run.numerics.rearm(steps)
             self.enforce()
         except FindingsError:
             raise
@@ -395,12 +409,15 @@ class AmpChecker:
         """Judge anew and report on this rank alone, where others may be in another step; as a note on ``error``."""
         run = self._run
         findings, not_judged = judge(run.trace, self._rules)
+        counted = [one.severity for one in (run.report.findings if run.report else ()) if one.code == "AMP512"]
         run.report = Report(run.trace, self._with_survived(tuple(map(self._tried, findings))), not_judged)
         if error is not None:
             run.teller.note(error, run.report.findings, run.trace)
             run.teller.write(run.report)
         else:
-            run.teller.tell_own(run.report)
+            # Its numbers are new at each look.
+            again = [one for one in findings if one.code == "AMP512" and one.severity in counted]
+            run.teller.tell_own(run.report, again)
         return findings
 
     def _looking(self, held: Held, device_type: str) -> Numerics | None:
@@ -432,13 +449,15 @@ class AmpChecker:
     def _not_finite(self, found: NonFinite, *, stop: bool = True) -> None:
         """Report a step whose loss or gradients are not finite, and stop there if that was asked for."""
         run = self._run
-        error = FloatingPointError(f"the {found.root} of step {found.step} is not finite")
+        of_step = f" of step {found.step}" if found.step is not None else ""
+        error = FloatingPointError(f"the {found.root}{of_step} is not finite")
         stop = stop and self._numerics == "stop"
         try:
             if run.off:
                 return
             found = replace(found, precision=run.trace.precision.dtype)
-            run.trace = replace(run.trace, numbers=(*(run.trace.numbers or ()), found))
+            before = (one for one in run.trace.numbers or () if found.origin is None or one.origin is not None)
+            run.trace = replace(run.trace, numbers=(*before, found))
             setattr(error, _DIAGNOSED, len(run.failures) + 1)
             self._tell_own(error if stop else None)
             self.enforce()

@@ -101,5 +101,6 @@ class Run:
         if self.numerics is not None:
             self.numerics.end()
         self.training_left, self.evaluation_left = 0, False
+        self.find_batch = None
         while self.open:
             self.open.pop().abandon()

@@ -114,10 +114,10 @@ class Session:
                 exports.begin()
             self.checker.attach(model, **seen)
 
-    def look(self, moment: str, *, steps: int | None = None) -> None:
+    def look(self, moment: str, *, steps: int | None = None, loss: float | None = None) -> None:
         """``AmpChecker.look``, while a model is attached."""
         if self.state == "attached":
-            self.checker.look(moment, steps=steps)
+            self.checker.look(moment, steps=steps, loss=loss)
 
     def put(self, thing: Returnable) -> None:
         """Call ``thing.give_back()`` at the end of the run, or after an error of the adapter."""

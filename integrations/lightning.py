@@ -71,6 +71,9 @@ class AmpCheck(Callback):
         watch_steps: How many training steps to watch.
         report: Where the JSON goes: true for the run's directory, a path, or false for nowhere.
         exports: Whether exports in the run (`to_torchscript`, `to_onnx`) are compared with the module.
+        numerics: Looks for losses, gradients and weights that are not finite: ``"free"`` where training stops anyway,
+            ``"guard"`` also once a step, ``"stop"`` before the optimizer's step, raising ``FloatingPointError``,
+            ``"off"`` not at all.
         checker: A checker of your own, in place of all the options above.
 
     Raises:
@@ -86,6 +89,7 @@ class AmpCheck(Callback):
         watch_steps: int = 1,
         report: bool | str | os.PathLike[str] = True,
         exports: bool = True,
+        numerics: Literal["off", "free", "guard", "stop"] = "free",
         checker: AmpChecker | None = None,
     ) -> None:
         super().__init__()
@@ -98,10 +102,13 @@ class AmpCheck(Callback):
             watch_steps=watch_steps,
             report=report,
             exports=exports,
-        )  # fmt: skip
+            numerics=numerics,
+        )
         self.session.warn = self._logger.warning
         self.checker = self.session.checker
         self._fitted = False
+        self._first_step = 0
+        self._looked_at = -1
 
     @contained
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -134,6 +141,20 @@ class AmpCheck(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             self._attach(trainer)
+        elif not trainer.sanity_checking:
+            self._look(trainer, f"before the validation of epoch {trainer.current_epoch}")
+
+    @contained
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer, f"at the end of epoch {trainer.current_epoch}", reader.logged_loss(trainer))
+
+    @contained
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._look(trainer, f"in the checkpoint of step {trainer.global_step}")
+
+    @contained
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer, "at the end of the training")
 
     @contained
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,9 +190,26 @@ class AmpCheck(Callback):
         self._fitted = self._fitted or trainer.state.fn == "fit"
         directory = _directory(trainer) if trainer.state.fn == "fit" or not self._fitted else None
         manual = {} if trainer.lightning_module.automatic_optimization else MANUAL_OPTIMIZATION
+        self._first_step, self._looked_at = trainer.global_step, -1
         host = Host("lightning", package.__version__, {**FIXES, **manual})
         held = reader.held(trainer, package)
-        self.session.attach(trainer.lightning_module, host=host, log=self._logger.log, directory=directory, **held)
+        self.session.attach(
+            trainer.lightning_module,
+            host=host,
+            log=self._logger.log,
+            directory=directory,
+            first_step=self._first_step,
+            **held,
+        )
+
+    def _look(self, trainer: Trainer, moment: str, loss: float | None = None) -> None:
+        """Look at the numbers, if there was a step since the last look."""
+        step = trainer.global_step
+        if loss is None and step == self._looked_at:
+            return
+        self._looked_at = step
+        steps = step - self._first_step if len(trainer.optimizers) == 1 else None
+        self.session.look(moment, steps=steps, loss=loss)
 
     @contained
     def _failed(self, trainer: Trainer, error: BaseException) -> None:

@@ -19,7 +19,7 @@ import mmengine
 import torch
 from mmengine.device import get_device
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, BaseOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
@@ -41,8 +41,10 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
 
     ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) stops the run on a finding that severe. ``watch_steps`` is the number of training iterations to
-    watch. ``report`` is the path of the JSON report, or false for none. ``exports=False``
-    leaves exports in the run alone. ``checker`` replaces all of these.
+    watch. ``report`` is the path of the JSON report, or false for none.
+    ``numerics`` says how to look for losses, gradients and weights that are not finite: ``"free"`` where training stops
+    anyway, ``"guard"`` also once a step, ``"stop"`` before the optimizer's step, raising ``FloatingPointError``, or
+    ``"off"``. ``exports=False`` leaves exports in the run alone. ``checker`` replaces all of these.
 
     Raises ``ValueError`` for an unknown code or option value, and for options passed together with ``checker``.
     """
@@ -58,6 +60,7 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
         watch_steps: int = 1,
         report: bool | str = True,
         exports: bool = True,
+        numerics: str = "free",
         checker: AmpChecker | None = None,
     ) -> None:
         self.session = Session(
@@ -68,8 +71,10 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
             watch_steps=watch_steps,
             report=report,
             exports=exports,
-        )  # fmt: skip
+            numerics=numerics,
+        )
         self.checker = self.session.checker
+        self._first_iteration = 0
 
     @contained
     def before_run(self, runner: Any) -> None:
@@ -88,6 +93,18 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
     def before_val(self, runner: Any) -> None:
         if self.session.state == "detached":
             self._attach(runner)
+        else:
+            self._look(runner, f"before the validation after iteration {runner.iter}")
+
+    @contained
+    def after_train_epoch(self, runner: Any) -> None:
+        loss = runner.message_hub.log_scalars.get("train/loss")
+        moment = f"at the end of epoch {runner.epoch + 1}"
+        self._look(runner, moment, float(loss.current()) if loss is not None else None)
+
+    @contained
+    def after_train(self, runner: Any) -> None:
+        self._look(runner, "at the end of the training")
 
     @contained
     def before_test(self, runner: Any) -> None:
@@ -111,7 +128,13 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
         else:
             self.session.watch_evaluation(loop, "run_iter")
 
+    def _look(self, runner: Any, moment: str, loss: float | None = None) -> None:
+        steps = runner.iter - self._first_iteration if _steps_each_iteration(runner) else None
+        self.session.look(moment, steps=steps, loss=loss)
+
     def _attach(self, runner: Any) -> None:
+        self._first_iteration = runner.iter
+        numbered = not runner.iter or _steps_each_iteration(runner)
         wrappers = _optim_wrappers(runner)
         averages = [getattr(hook, "ema_model", None) for hook in runner.hooks if isinstance(hook, EMAHook)]
         self.session.attach(
@@ -123,6 +146,7 @@ class AmpCheckHook(Hook):  # type: ignore[misc]
             host=Host("mmengine", mmengine.__version__, FIXES),
             log=runner.logger.log,
             directory=getattr(runner, "log_dir", runner.work_dir),
+            first_step=runner.iter if numbered else None,
         )
         if _is_compiled(runner.model):
             self.session.unwatch()
@@ -176,6 +200,13 @@ def _stand_in(model: nn.Module, wrapper: OptimWrapper) -> OptimWrapper:
 
     vars(stand_in).update(backward=backward, step=wrapper.optimizer.step)
     return stand_in
+
+
+def _steps_each_iteration(runner: Any) -> bool:
+    """Whether each iteration of training asks for one step of one optimizer."""
+    wrapper, model = getattr(runner, "optim_wrapper", None), _unwrapped(runner.model)
+    step = getattr(type(model), "train_step", None)
+    return getattr(wrapper, "_accumulative_counts", None) == 1 and step is BaseModel.train_step
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

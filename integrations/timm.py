@@ -40,6 +40,7 @@ def install(
     watch_steps: int = 1,
     report: bool | str | os.PathLike[str] = True,
     exports: bool = True,
+    numerics: str = "free",
     checker: AmpChecker | None = None,
 ) -> AmpChecker:
     """Check the training that ``script`` (default: the running program) does in its functions ``train_one_epoch`` and
@@ -49,13 +50,22 @@ def install(
 
     ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) stops training on a finding that severe. ``watch_steps`` is the number of updates to watch. ``report``
-    is the path of the JSON report, or false for none. ``exports=False``
-    leaves exports in the run alone. ``checker`` replaces all of these.
+    is the path of the JSON report, or false for none.
+    ``numerics`` says how to look for losses, gradients and weights that are not finite: ``"free"`` where training stops
+    anyway, ``"guard"`` also once a step, ``"stop"`` before the optimizer's step, raising ``FloatingPointError``, or
+    ``"off"``. ``exports=False`` leaves exports in the run alone. ``checker`` replaces all of these.
 
     Raises ``ValueError`` for an unknown code or option value, and for options passed together with ``checker``.
     """
     session = Session(
-        checker, select=select, ignore=ignore, fail_on=fail_on, watch_steps=watch_steps, report=report, exports=exports
+        checker,
+        select=select,
+        ignore=ignore,
+        fail_on=fail_on,
+        watch_steps=watch_steps,
+        report=report,
+        exports=exports,
+        numerics=numerics,
     )
     script = script or sys.modules["__main__"]
     if not wrap(script, session):
@@ -87,7 +97,9 @@ class _Script:
         updates = self._updates(function, args, kwargs)
         try:
             with updates or nullcontext():
-                return function(*args, **kwargs)
+                metrics = function(*args, **kwargs)
+            self._looks(function, args, kwargs, metrics)
+            return metrics
         except Exception as error:
             self.session.diagnose(error, find_batch=reader.failing_batch)
             raise
@@ -118,13 +130,22 @@ class _Script:
             self._attach(values)
         return _FirstForward(self.session, reader.model(values))
 
+    @contained
+    def _looks(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], metrics: Any) -> None:
+        epoch = reader.arguments(function, args, kwargs).get("epoch")
+        loss = metrics.get("loss") if isinstance(metrics, Mapping) else None
+        moment = f"at the end of epoch {epoch}" if isinstance(epoch, int) else "at the end of an epoch"
+        self.session.look(moment, loss=float(loss) if isinstance(loss, (int, float)) else None)
+
     def _attach(self, values: Mapping[str, Any]) -> None:
         model = reader.model(values)
         if model is None:
             say("ampcheck  the script's functions get no model, so nothing is checked")
             return
         host = Host("timm", timm.__version__, FIXES)
-        self.session.attach(model, host=host, log=log, **reader.held(values, model))
+        # The script counts no steps of the optimizer.
+        first_step = None if values.get("epoch") else 0
+        self.session.attach(model, host=host, log=log, first_step=first_step, **reader.held(values, model))
 
 
 class _Updates:

@@ -47,8 +47,10 @@ class AmpCheck:
 
     ``select`` and ``ignore`` take rule codes or prefixes (``"AMP2"``). ``fail_on`` (``"error"``, ``"warning"`` or
     ``"never"``) stops training on a finding that severe. ``watch_steps`` is the number of training batches to watch.
-    ``report`` is the path of the JSON report, or false for none. ``exports=False``
-    leaves exports in the run alone. ``checker`` replaces all of these.
+    ``report`` is the path of the JSON report, or false for none.
+    ``numerics`` says how to look for losses, gradients and weights that are not finite: ``"free"`` where training stops
+    anyway, ``"guard"`` also once a step, ``"stop"`` before the optimizer's step, raising ``FloatingPointError``, or
+    ``"off"``. ``exports=False`` leaves exports in the run alone. ``checker`` replaces all of these.
 
     ``compare_export=True`` checks ``model.export(...)`` too: it compares the TorchScript or ONNX file with the model
     that the exporter wrote it from, module by module, and reports the findings, with a JSON report next to the file.
@@ -66,6 +68,7 @@ class AmpCheck:
         watch_steps: int = 1,
         report: bool | str | os.PathLike[str] = True,
         exports: bool = True,
+        numerics: str = "free",
         compare_export: bool = False,
         checker: AmpChecker | None = None,
     ) -> None:
@@ -77,7 +80,8 @@ class AmpCheck:
             watch_steps=watch_steps,
             report=report,
             exports=exports,
-        )  # fmt: skip
+            numerics=numerics,
+        )
         self.session.warn = LOGGER.warning
         self._compare_export = compare_export
         self._amp_given = False
@@ -158,7 +162,9 @@ class AmpCheck:
     @contained
     def _fit_start(self, trainer: Any) -> None:
         self._started = True
-        self._attach(trainer.model, **reader.held(trainer, self._amp_given))
+        # Ultralytics counts no steps of the optimizer.
+        first_step = None if getattr(trainer, "start_epoch", 0) else 0
+        self._attach(trainer.model, first_step=first_step, **reader.held(trainer, self._amp_given))
         if self._guarded or reader.tears_down_after_failure(trainer):
             self._fit = _Fit(self.session, trainer)
         else:
@@ -224,6 +230,7 @@ class _Fit:
     def on_train_epoch_end(self, trainer: Any) -> None:
         self.session.close_step()
         self.phase = "evaluation_step"
+        self.session.look(f"at the end of epoch {trainer.epoch + 1}", loss=reader.epoch_loss(trainer))
 
     @contained
     def on_train_batch_start(self, trainer: Any) -> None:

@@ -58,12 +58,25 @@ class Scale:
             return Skips(skipped, steps, self._scale, now)
         counted = [_steps_of(one) for one in self._optimizers]
         if steps is not None and len(counted) == 1 and counted[0] is not None:
-            return Skips(max(0, steps - (counted[0] - (self._counted[0] or 0))), steps, self._scale, now)
+            missing = max(0, steps - (counted[0] - (self._counted[0] or 0)))
+            # Somebody else may leave out steps: each that the scaler skips lowers its scale.
+            return Skips(missing, steps, self._scale, now) if missing <= self._most(steps, now) else None
         if steps is None or now is None or self._scale is None or not 0 < now < self._scale:
             return None
-        backoff = self._scaler.get_backoff_factor()
-        least = round(math.log(now / self._scale) / math.log(backoff)) if 0 < backoff < 1 else 0
-        return Skips(min(least, steps), steps, self._scale, now, exact=False)
+        return Skips(min(round(self._lowered(now)), steps), steps, self._scale, now, exact=False)
+
+    def _lowered(self, now: float, grown: float = 0) -> float:
+        """How often the scale was lowered on its way to ``now``, if it was raised ``grown`` times."""
+        backoff, growth = self._scaler.get_backoff_factor(), self._scaler.get_growth_factor()
+        if self._scale is None or not (0 < backoff < 1 < growth):
+            return 0
+        return (math.log(now / self._scale) - grown * math.log(growth)) / math.log(backoff)
+
+    def _most(self, steps: int, now: float | None) -> float:
+        """The largest number of skipped steps that the scale agrees with."""
+        if not now or not self._scale:
+            return math.inf
+        return round(self._lowered(now, steps // self._scaler.get_growth_interval()))
 
 
 def _scale_of(scaler: torch.amp.GradScaler) -> float | None:

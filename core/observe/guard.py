@@ -55,7 +55,8 @@ class Guard:
     It reads the losses, and the gradients of a few parameters; on an accelerator without waiting for it, so that it
     notices a step or so late. ``every``: it reads the gradients of all parameters, and waits.
 
-    ``steps``: it ends after that many backward passes. ``noticed`` may raise, into the program.
+    ``passes``: it ends after that many backward passes. ``began`` is the number of optimizer steps before it, if known.
+    ``noticed`` may raise, into the program.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class Guard:
         *,
         every: bool = False,
         passes: int | None = None,
+        began: int | None = 0,
     ) -> None:
         self.optimizer_steps: Counter[int] = Counter()
         self.skipped = 0
         self._parameters = [one for one in parameters if one.requires_grad]
         self._noticed, self._failed = noticed, failed
-        self._every, self._passes = every, passes
+        self._every, self._passes, self._began = every, passes, began
         self._sentinels: Sequence[torch.Tensor] = ()
         self._known = {id(one) for one in self._parameters}
         self._others: dict[int, Sequence[torch.Tensor]] = {}
@@ -90,6 +92,10 @@ class Guard:
     def step(self) -> int:
         """The number of optimizer steps that have ended, or were skipped."""
         return max(self.optimizer_steps.values(), default=0)
+
+    def number_of(self, step: int) -> int | None:
+        """The number of a step of this guard among all of the fit; ``None`` if it is not known."""
+        return None if self._began is None else self._began + step
 
     @property
     def active(self) -> bool:

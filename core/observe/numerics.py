@@ -55,6 +55,8 @@ class Numerics:
         self._scale: Scale | None = None
         self._told: list[NonFinite] = []
         self._diagnosed = self._rearmed = 0
+        self.first_step: int | None = 0
+        """The number of optimizer steps before this fit; ``None``: steps cannot be numbered."""
         self.scaled_by(scaler)
 
     @property
@@ -68,14 +70,17 @@ class Numerics:
         if self._scale is None and self._scaler is not None and self.scaling:
             self._scale = Scale(self._scaler, self._optimizers)
 
-    def begin(self, passes: int | None = None) -> None:
-        """Look at each step from now on, or at as many backward passes as ``passes``."""
+    def begin(self, passes: int | None = None, began: int | None = 0) -> None:
+        """Look at each step from now on, or at as many backward passes as ``passes``.
+
+        ``began`` is the number of optimizer steps in this fit so far, if it is known.
+        """
         if self._guard is not None and self._guard.active:
             return
         trained = [one for optimizer in self._optimizers for group in optimizer.param_groups for one in group["params"]]
         own = trained or self._model.parameters()
         self._counting = passes is None and self._guard is None
-        self._guard = Guard(own, self._not_finite, self._failed, every=self._every, passes=passes)
+        self._guard = Guard(own, self._not_finite, self._failed, every=self._every, passes=passes, began=began)
         self._guard.begin()
 
     def end(self) -> None:
@@ -96,11 +101,11 @@ class Numerics:
             return state, self._scale.look(self._guard.step, self._guard.skipped)
         return state, self._scale.look(steps)
 
-    def rearm(self) -> None:
-        """Look at the next few steps, since something is wrong."""
+    def rearm(self, steps: int | None) -> None:
+        """Look at the next few steps, since something is wrong, after ``steps`` in this fit."""
         if self._rearmed < _MOST_REARMED:
             self._rearmed += 1
-            self.begin(passes=_REARMED)
+            self.begin(passes=_REARMED, began=steps)
 
     def rejected(
         self, error: BaseException, steps: Callable[[], Iterable[Callable[[], object]]], step: int | None
@@ -112,9 +117,13 @@ class Numerics:
         found = self._numbers().explained(steps, random=random, error=error)
         if found is None or found.origin is None:
             return None
-        if step is None and self._counting and self._guard is not None:
-            step = self._guard.step
+        if step is None and self._guard is not None:
+            step = self._number_of(self._guard.step)
         return replace(found, step=step)
+
+    def _number_of(self, step: int) -> int | None:
+        number = self._guard.number_of(step) if self._guard is not None else None
+        return None if number is None or self.first_step is None else self.first_step + number
 
     def _numbers(self) -> Numbers:
         return Numbers(self._model, self._device_type, self._optimizers, self._scaler)
@@ -148,7 +157,7 @@ class Numerics:
             found = NonFinite(noticed.root, said="the failing batch could not be replayed")
         elif found.origin is None:
             found = replace(found, root=noticed.root)
-        facts: dict[str, Any] = {"step": noticed.step if self._counting else None}
+        facts: dict[str, Any] = {"step": self._number_of(noticed.step)}
         if noticed.loss is not None:
             facts["loss"] = noticed.loss
         if self._scaler is not None and self.scaling:

@@ -67,8 +67,10 @@ class Teller:
             self.write(merged)
         return merged
 
-    def tell_own(self, report: Report) -> None:
-        """Report what is new in ``report`` on this rank, without asking the others: they may be in another step."""
+    def tell_own(self, report: Report, known: Iterable[Finding] = ()) -> None:
+        """Report what is new in ``report`` on this rank, and not ``known``, without asking the others: they may be in
+        another step."""
+        self._told += known
         new = tuple(finding for finding in report.findings if finding not in self._told)
         self._told += new
         self.say_findings(new, report.trace)

@@ -138,6 +138,11 @@ def data_of(found: NonFinite, origin: Origin | None) -> dict[str, Any]:
     return data
 
 
+def finite_elsewhere(found: NonFinite) -> str | None:
+    """The precision to train in instead: of those in which the batch is finite, the cheaper."""
+    return next((name for name in ("bfloat16", "float32") if (one := found.outcomes.get(name)) and one.finite), None)
+
+
 def in_float32(trace: Trace, found: NonFinite, origin: Origin) -> str:
     """The fix for what only low precision does."""
     device = trace.model.device_type if trace.model is not None else "cuda"

@@ -1,6 +1,17 @@
 from collections.abc import Iterator
 
-from ampcheck.rules._numbers import acquitted, compared, data_of, in_float32, op_of, reached, sites_of, told_as, where
+from ampcheck.rules._numbers import (
+    acquitted,
+    compared,
+    data_of,
+    finite_elsewhere,
+    in_float32,
+    op_of,
+    reached,
+    sites_of,
+    told_as,
+    where,
+)
 from ampcheck.rules._words import place
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Trace
@@ -47,4 +58,5 @@ def constant_lost(trace: Trace) -> Iterator[Evidence]:
             sites=sites_of(origin),
             data=data_of(found, origin),
             fix=in_float32(trace, found, origin),
+            situation=finite_elsewhere(found),
         )

@@ -5,6 +5,7 @@ from ampcheck.rules._numbers import (
     acquitted,
     compared,
     data_of,
+    finite_elsewhere,
     in_float32,
     op_of,
     overflowed,
@@ -59,4 +60,5 @@ def low_precision_overflow(trace: Trace) -> Iterator[Evidence]:
             sites=sites_of(origin),
             data=data_of(found, origin),
             fix=GROWN if diverges else in_float32(trace, found, origin),
+            situation=finite_elsewhere(found),
         )

@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report to FILE as JSON")
     parser.add_argument("--watch-steps", metavar="N", type=int, default=1, help="how many updates to watch")
     parser.add_argument("--fail-on", default="never", help="stop with status 3 on a finding: error, warning or never")
+    parser.add_argument(
+        "--numerics", default="free", help="look for values that are not finite: off, free, guard or stop"
+    )
     parser.add_argument("--select", metavar="CODES", default="", help="judge only these rules: AMP101,AMP2,...")
     parser.add_argument("--ignore", metavar="CODES", default="", help="do not judge these rules")
     parser.add_argument("script", metavar="SCRIPT")
@@ -41,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fail_on=options.fail_on,
             watch_steps=options.watch_steps,
             report=report or True,
+            numerics=options.numerics,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fail-on", default="never")
     parser.add_argument("--watch-steps", default=1, type=int, metavar="N")
     parser.add_argument("--report", default=True, metavar="FILE")
+    parser.add_argument("--numerics", default="free")
     parser.add_argument("--compare-export", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     try:

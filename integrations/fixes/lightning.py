@@ -76,6 +76,19 @@ FIXES: Mapping[str, str] = {
     "AMP408": "Return a loss with its graph from `training_step`, and `.detach()` what you keep for the next batch. "
     "Under manual optimization, pass `retain_graph=True` to every `self.manual_backward(loss)` of a graph but the "
     "last.",
+    "AMP501": "Set `AmpCheck(numerics='stop')`, which stops at such a step before the weights change. Lightning itself "
+    "goes on: no setting of `Trainer` checks the loss.",
+    "AMP502:bfloat16": "Or set `Trainer(precision='bf16-mixed')`, in which this batch is finite.",
+    "AMP503:bfloat16": "Or set `Trainer(precision='bf16-mixed')`, in which this batch is finite.",
+    "AMP508": "Set `Trainer(precision='bf16-mixed')` instead of 'bf16-true', and leave the module in float32.",
+    "AMP509": "Set `Trainer(precision='bf16-mixed')` or `'16-mixed'` instead of '16-true', and leave the module in "
+    "float32.",
+    "AMP510": "Look at these samples in the `DataLoader` that you pass to `trainer.fit()`.",
+    "AMP511": "Set `AmpCheck(numerics='stop')`, and go back to a checkpoint from before, "
+    "`trainer.fit(..., ckpt_path=...)`: Lightning saves what is broken like any other.",
+    "AMP512": "Set `AmpCheck(numerics='guard')` to see why. The scaler is `trainer.precision_plugin.scaler`; pass one "
+    "with another start as `MixedPrecision('16-mixed', 'cuda', scaler=torch.amp.GradScaler('cuda', init_scale=...))`.",
+    "AMP515": "Set `Trainer(gradient_clip_val=...)`, and warm the learning rate up in `configure_optimizers()`.",
     "AMP410": "Read the gradients of parameters in `on_after_backward()` or `on_before_optimizer_step()`, which need "
     "no hook on a module.",
 }

@@ -62,6 +62,21 @@ FIXES: Mapping[str, str] = {
     "without a `model_wrapper_cfg` the Runner does this itself.",
     "AMP408": "Call `update_params(loss)`, which runs backward, once, on the sum that `parse_losses()` makes of the "
     "losses. Let `loss()` return tensors with their graph, without `.item()` or `.detach()`.",
+    "AMP501": "Set `dict(type='AmpCheckHook', numerics='stop')`, which stops at such a step before the weights change.",
+    "AMP502:bfloat16": "Or set `dtype='bfloat16'` in `optim_wrapper`, in which this batch is finite. For one place, "
+    "use `with mmengine.runner.autocast(enabled=False):` on `.float()` inputs.",
+    "AMP502:float32": "Use `with mmengine.runner.autocast(enabled=False):` on `.float()` inputs.",
+    "AMP503:bfloat16": "Or set `dtype='bfloat16'` in `optim_wrapper`, in which this batch is finite.",
+    "AMP508": "Build the model in float32, and set `type='AmpOptimWrapper'` and `dtype='bfloat16'` in `optim_wrapper`.",
+    "AMP509": "Build the model in float32, and set `type='AmpOptimWrapper'` in `optim_wrapper`, or "
+    "`optimizer=dict(..., eps=1e-4)`.",
+    "AMP510": "Look at these samples in the dataset of `train_dataloader`.",
+    "AMP511": "Set `dict(type='AmpCheckHook', numerics='stop')`, and set `load_from` to a checkpoint from before: "
+    "`CheckpointHook` saves what is broken like any other.",
+    "AMP512": "Set `dict(type='AmpCheckHook', numerics='guard')` to see why. `loss_scale=dict(init_scale=...)` in "
+    "`optim_wrapper` sets where the scale starts.",
+    "AMP515": "Set `clip_grad=dict(max_norm=...)` in `optim_wrapper`, and warm up with "
+    "`param_scheduler = [dict(type='LinearLR', ...), ...]`.",
     "AMP410": "Set `inplace=False` in the `act_cfg` of the block that has the hook: `act_cfg=dict(type='ReLU', "
     "inplace=False)`.",
 }

@@ -68,6 +68,16 @@ FIXES: Mapping[str, str] = {
     "default, still averages batch norm statistics after each epoch.",
     "AMP408": "Remove `loss.backward()`: `loss_scaler(loss, optimizer, ...)` runs backward itself. If you need a "
     "second backward, pass `create_graph=True` to that call.",
+    "AMP501": "Pass `--numerics stop` before the script, which stops at such a step before the weights change.",
+    "AMP502:bfloat16": "Or pass `--amp-dtype bfloat16`, in which this batch is finite.",
+    "AMP503:bfloat16": "Or pass `--amp-dtype bfloat16`, in which this batch is finite.",
+    "AMP508": "Drop `--model-dtype`, and pass `--amp --amp-dtype bfloat16`, which keeps the weights in float32.",
+    "AMP509": "Drop `--model-dtype` and pass `--amp`, which keeps the weights in float32, or pass `--opt-eps 1e-4`.",
+    "AMP510": "Look at these samples in the data of `--data-dir`, and at your own transforms.",
+    "AMP511": "Pass `--numerics stop` before the script, and `--resume` a checkpoint from before: the script saves "
+    "what is broken like any other.",
+    "AMP512": "Pass `--numerics guard` before the script to see why; the scaler is `loss_scaler._scaler`.",
+    "AMP515": "Pass `--clip-grad 1.0`, a lower `--lr`, or more `--warmup-epochs`.",
     "AMP410": "Set `inplace = False` on the activation next to the hook (in a norm layer it is `bn.act`); timm's "
     "activations each have this flag.",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ultralytics.cfg import get_cfg
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import torch_utils
 
 
@@ -18,6 +19,8 @@ def _names_dtypes() -> bool:
 
 
 _NAMES_DTYPES = _names_dtypes()
+_RECOVERS = hasattr(BaseTrainer, "_handle_nan_recovery")
+_CLEANS = "nan_to_num_" in BaseTrainer.save_model.__code__.co_names
 _IN_PLACE = "inplace" in torch_utils.initialize_weights.__code__.co_names
 
 FIXES: Mapping[str, str] = {
@@ -68,6 +71,22 @@ FIXES: Mapping[str, str] = {
     "(a cached grid, say): they run under `torch.inference_mode()`.",
     "AMP408": "Return the first value of `model.loss(batch)` with its graph, and detach only the second: Ultralytics "
     "runs backward itself, once per batch, on the first.",
+    "AMP501": "Set `AmpCheck(numerics='stop')`, which stops at such a step before the weights change."
+    + (" Otherwise Ultralytics goes back to `last.pt` after the epoch, without a word about the cause." * _RECOVERS),
+    "AMP502:bfloat16": "Or train with `amp='bf16'`, in which this batch is finite, or with `amp=False`."
+    if _NAMES_DTYPES
+    else "Or train with `amp=False`.",
+    "AMP502:float32": "Or train with `amp=False`.",
+    "AMP503:bfloat16": "Or train with `amp='bf16'`, in which this batch is finite, or with `amp=False`."
+    if _NAMES_DTYPES
+    else "Or train with `amp=False`.",
+    "AMP503:float32": "Or train with `amp=False`.",
+    "AMP510": "Look at these images and labels in the `train` split of `data=`.",
+    "AMP511": "Set `AmpCheck(numerics='stop')`, and load weights from before, `YOLO('best.pt')`."
+    + (" Do not go by the checkpoints that follow: Ultralytics replaces NaN in them by 0." * _CLEANS),
+    "AMP512": "Set `AmpCheck(numerics='guard')` to see why, or train with "
+    + ("`amp='bf16'` or `amp=False`." if _NAMES_DTYPES else "`amp=False`."),
+    "AMP515": "Lower `lr0=`, or raise `warmup_epochs=`; Ultralytics clips gradients to a norm of 10 already.",
     "AMP410": (
         "Set `inplace = False` on the `act` next to the hook: Ultralytics makes the activations of its models in place."
         if _IN_PLACE

@@ -22,6 +22,7 @@ _PRECISIONS: Mapping[str, tuple[Literal["mixed", "true"], str]] = {
     "32-true": ("true", "float32"),
     "64-true": ("true", "float64"),
 }
+_LOSSES = ("train_loss", "train/loss", "training_loss", "train_loss_step", "train_loss_epoch", "loss")
 
 
 def held(trainer: Any, package: ModuleType) -> dict[str, Any]:
@@ -67,6 +68,15 @@ def _declared(trainer: Any, package: ModuleType) -> Precision:
         source += " (on a CPU Lightning makes the same of '16-mixed')"
     scaler = getattr(plugin, "scaler", None)
     return Precision(mode, device_type, dtype, scaler is not None and scaler.is_enabled(), source)
+
+
+def logged_loss(trainer: Any) -> float | None:
+    """The training loss as the module logs it; ``None`` if it logs none, or processes would wait for one another."""
+    if trainer.world_size > 1:
+        return None
+    metrics = trainer.callback_metrics
+    value = next((metrics[name] for name in _LOSSES if name in metrics), None)
+    return None if value is None else float(value)
 
 
 def failing_batch(

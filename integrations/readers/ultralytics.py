@@ -68,6 +68,14 @@ def _declared(trainer: Any, given: bool) -> Precision:
     )
 
 
+def epoch_loss(trainer: Any) -> float | None:
+    """The mean loss of the epoch, which Ultralytics shows beside its progress bar."""
+    mean = getattr(trainer, "tloss", None)
+    parts = mean.values() if isinstance(mean, Mapping) else [mean]
+    losses = [float(part.sum()) for part in parts if isinstance(part, torch.Tensor)]
+    return sum(losses) if losses else None
+
+
 def failing_batch(trainer: Any, frames: Iterable[FrameType]) -> Callable[[], object] | None:
     """A function that computes the loss of the batch in these frames as the trainer does; ``None`` without a batch."""
     frames = list(frames)
