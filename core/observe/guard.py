@@ -63,7 +63,7 @@ class Guard:
         self,
         parameters: Iterable[torch.nn.Parameter],
         noticed: Callable[[Noticed], bool],
-        failed: Callable[[Exception], None],
+        failed: Callable[[Exception], object],
         *,
         every: bool = False,
         passes: int | None = None,
@@ -117,6 +117,8 @@ class Guard:
         self._listening.end()
         self._parameters, self._sentinels, self._others = [], (), {}
         self._pending.clear()
+        # Frames of an exception hold the code that calls this guard, which the garbage collector does not look into.
+        self._noticed, self._failed = _nothing, _nothing
 
     def _mine(self) -> bool:
         return (os.getpid(), threading.get_ident()) == self._owner and not torch.compiler.is_dynamo_compiling()
@@ -252,8 +254,13 @@ class Guard:
         self._bad = False
 
     def _fail(self, error: Exception) -> None:
+        failed = self._failed
         self.end()
-        self._failed(bare(error))
+        failed(bare(error))
+
+
+def _nothing(*_: Any) -> bool:
+    return False
 
 
 def _spread(parameters: Iterable[torch.Tensor]) -> Sequence[torch.Tensor]:

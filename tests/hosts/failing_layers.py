@@ -144,7 +144,7 @@ class Masked(Late):
 class Variance(Late):
     """The variance of a latent from its logarithm, too large for float32 as well."""
 
-    truth: ClassVar = {"code": "AMP501", "op": "aten::exp", "kind": "overflow", "float32": False}
+    truth: ClassVar = {"code": "AMP504", "op": "aten::exp", "kind": "overflow", "float32": False}
 
     def compute(self, x: Tensor, late: bool) -> Tensor:
         logarithm = x.float() + 200.0 * late

@@ -169,4 +169,4 @@ def test_nothing_stays_behind(build: Build, numerics: str) -> None:  # noqa: F81
     run = checker_of(runner)._run
     kept = weakref.ref(runner.model)
     found = [one for one in gc.get_referrers(kept()) if one is vars(run)]
-    assert (found, run.held, run.guard, run.state, run.scale, run.find_batch) == ([], None, None, None, None, None)
+    assert (found, run.held, run.numerics, run.find_batch) == ([], None, None, None)
