@@ -23,7 +23,7 @@ def test_the_commands_name_files_and_modules_that_exist():
 
 def test_the_explained_crash_is_what_the_command_prints():
     pytest.importorskip("sklearn")
-    (script,) = re.findall(r"ampcheck run (examples/\w+\.py)", TEXT)
+    script = re.findall(r"ampcheck run (examples/\w+\.py)", TEXT)[0]
     (shown,) = re.findall(r"```\nRuntimeError: .*?\n(ampcheck: .*?)```", TEXT, re.DOTALL)
     command = [sys.executable, "-m", "ampcheck", "run", script]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
@@ -31,6 +31,22 @@ def test_the_explained_crash_is_what_the_command_prints():
     assert ran.returncode == 1
     # Long lines are wrapped in the README.
     assert " ".join(ran.stderr.split()).endswith(" ".join(shown.split()))
+
+
+def test_the_explained_overflow_is_what_the_command_prints():
+    pytest.importorskip("sklearn")
+    script = re.findall(r"ampcheck run (examples/\w+\.py)", TEXT)[1]
+    (shown,) = re.findall(r"```\n(error\[AMP502\].*?)```", TEXT, re.DOTALL)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "ampcheck", "run", script]
+    ran = subprocess.run(command, cwd=README.parent, env=environment, capture_output=True, encoding="utf-8")
+    assert ran.returncode == 0
+
+    # The last digits differ from one machine to the next, and long lines are wrapped in the README.
+    def worded(text: str) -> str:
+        return " ".join(re.sub(r"-?\d+\.\d+(e\+\d+)?", "#", text).split())
+
+    assert worded(shown) in worded(ran.stderr)
 
 
 def test_the_detector_config_keeps_the_hooks_of_its_base(tmp_path):
