@@ -42,7 +42,7 @@ def make_batch(step):
 
 
 net = HeatmapNet().half()
-opt = torch.optim.SGD(net.parameters(), lr=1e-3)
+opt = torch.optim.SGD(net.parameters(), lr=5e-2)
 for step in range(12):
     x, gt = make_batch(step)
     pred = net(x)

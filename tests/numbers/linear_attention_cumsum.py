@@ -17,8 +17,6 @@ class LinearAttention(nn.Module):
         state = torch.cumsum(k * v, dim=1)
         denom = torch.cumsum(k, dim=1)
         return self.o_proj(q * state / (denom + 1.0))  # <- origin
-        # -
-        # + return self.o_proj(q * (state / (denom + 1.0)))
 
 
 class ByteModel(nn.Module):
@@ -54,6 +52,8 @@ for n, length in enumerate(lengths):
     if n == 5:
         ids[1, :] = 63  # a run of padding bytes
     with torch.autocast("cpu", dtype=torch.float16):
+        # -
+        # + with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = net(ids[:, :-1])
     ce = F.cross_entropy(logits.float().reshape(-1, 64), ids[:, 1:].reshape(-1))
     optim.zero_grad()

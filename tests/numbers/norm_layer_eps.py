@@ -43,7 +43,7 @@ def windows(n=60, batch=5):
 
 torch.manual_seed(2)
 model = WearableNet().half()
-optimizer = torch.optim.SGD(model.parameters(), lr=5e-3)
+optimizer = torch.optim.SGD(model.parameters(), lr=2e-2)
 for step, (x, y) in enumerate(windows()):
     loss = F.cross_entropy(model(x), y)
     optimizer.zero_grad()

@@ -3,9 +3,9 @@
 import torch
 import torch.nn as nn
 
-CONFIG = dict(width=32, lr=1e-3, batches=10, batch_size=6, guard=1e-10)
+CONFIG = dict(width=32, lr=5e-2, batches=10, batch_size=6, guard=1e-10)
 # -
-# + CONFIG = dict(width=32, lr=1e-3, batches=10, batch_size=6, guard=1e-2)
+# + CONFIG = dict(width=32, lr=5e-2, batches=10, batch_size=6, guard=1e-2)
 
 
 class FourierFreeOperator(nn.Module):

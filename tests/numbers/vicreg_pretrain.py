@@ -27,8 +27,6 @@ class VICReg(nn.Module):
 
     def forward(self, a, b):
         za, zb = self.projector(a), self.projector(b)
-        # -
-        # + za, zb = self.projector(a).float(), self.projector(b).float()
         invariance = (za - zb).pow(2).mean()
         za = za - za.mean(0)
         covariance = za.T @ za / (za.shape[0] - 1)
@@ -38,15 +36,15 @@ class VICReg(nn.Module):
 
 torch.manual_seed(6)
 model = VICReg(Projector()).half()
-optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-# -
-# + optimizer = torch.optim.SGD(model.parameters(), lr=1e-7)
+optimizer = torch.optim.SGD(model.parameters(), lr=2e-1)
 gen = torch.Generator().manual_seed(60)
 
 for step in range(14):
     base = torch.randn(32, 24, generator=gen)
     if step >= 8:
         base = base * 60.0  # the second part of the corpus is louder
+        # -
+        # + base = base * 1.0  # the second part of the corpus is louder
     view_a = (base + 0.1 * torch.randn(32, 24, generator=gen)).half()
     view_b = (base + 0.1 * torch.randn(32, 24, generator=gen)).half()
     loss = model(view_a, view_b)
