@@ -24,6 +24,8 @@ _FIXES = {
     "raises": "Export on inputs of the same device, dtype and sizes, and create tensors with `device=x.device`.",
 }
 
+_ROUNDED = 0.1
+
 
 @rule(
     "AMP601",
@@ -87,8 +89,11 @@ def export_differs(trace: Trace) -> Iterator[Evidence]:
             fix=_FIXES[cause.reason],
         )
     if not comparison.equal and not explained and comparison.rounding is None:
+        rounds = max((output.relative for output in comparison.outputs if not output.equal), default=math.inf)
         yield Evidence(
             _verdict(comparison),
+            # What low precision rounds away over a deep model.
+            told_by="AMP604" if comparison.casts and rounds < _ROUNDED else None,
             module=_baked(comparison) or comparison.culprit,
             data={"reason": "baked-constant" if comparison.constants else "unknown", **_numbers(comparison)},
             fix="Compute inside the graph what was frozen in it, and compare again." if comparison.constants else None,
