@@ -67,7 +67,7 @@ class Watched:
 
     def __init__(self, *, watched: bool = True) -> None:
         # The cases are not about which dtypes this machine computes natively.
-        self.checker = AmpChecker(ignore="AMP107", watch_steps=int(watched), report=False)
+        self.checker = AmpChecker(ignore="AMP107", watch_steps=int(watched), report=False, numerics="off")
         self.error: Exception | None = None
         self.trained = False
         self.findings: tuple[Finding, ...] = ()

@@ -409,15 +409,19 @@ class AmpChecker:
         """Judge anew and report on this rank alone, where others may be in another step; as a note on ``error``."""
         run = self._run
         findings, not_judged = judge(run.trace, self._rules)
-        counted = [one.severity for one in (run.report.findings if run.report else ()) if one.code == "AMP512"]
-        run.report = Report(run.trace, self._with_survived(tuple(map(self._tried, findings))), not_judged)
+        told = run.report.findings if run.report is not None else ()
+        # What other ranks found stays found.
+        others = tuple(one for one in told if one.code < "AMP5" and not any(_is_same(one, own) for own in findings))
+        counted = [one.severity for one in told if one.code == "AMP512"]
+        own = (*map(self._tried, findings), *others)
+        run.report = Report(run.trace, self._with_survived(own), not_judged)
         if error is not None:
             run.teller.note(error, run.report.findings, run.trace)
             run.teller.write(run.report)
         else:
             # Its numbers are new at each look.
             again = [one for one in findings if one.code == "AMP512" and one.severity in counted]
-            run.teller.tell_own(run.report, again)
+            run.teller.tell_own(run.report, (*again, *others))
         return findings
 
     def _looking(self, held: Held, device_type: str) -> Numerics | None:
@@ -759,6 +763,11 @@ class AmpChecker:
             reached = reaching(report.findings, self._fail_on)
             if reached:
                 raise FindingsError(report, reached)
+
+
+def _is_same(one: Finding, other: Finding) -> bool:
+    """Whether two findings are one, but for the ranks that it names."""
+    return (one.code, one.module, one.sites, one.evidence) == (other.code, other.module, other.sites, other.evidence)
 
 
 def _explains(graph: GraphTrace, failure: Failure) -> bool:

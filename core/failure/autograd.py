@@ -68,7 +68,7 @@ def _made(frame: Frame, expression: str) -> Site | None:
         for one in assignments(frame, expression)
         if one.value is not None and not isinstance(one.value, (ast.Constant, ast.Dict, ast.List))
     }
-    return site_in(frame.file, lines.pop(), "cast") if len(lines) == 1 else None
+    return site_in(frame.file, lines.pop(), "call") if len(lines) == 1 else None
 
 
 def no_graph(scene: Scene) -> NoGraph:

@@ -95,9 +95,7 @@ def _steps_of(optimizer: torch.optim.Optimizer) -> int | None:
 
 def _not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
     """The names of the tensors that are not finite; one look at a device if all are."""
-    looked = [
-        (name, one.detach()) for name, one in named if type(one) in PLAIN and one.dtype in _FLOATING and one.numel()
-    ]
+    looked = [(name, one.detach()) for name, one in named if _is_readable(one)]
     by_kind: dict[Any, list[tuple[str, torch.Tensor]]] = {}
     for name, one in looked:
         by_kind.setdefault((one.device, one.dtype), []).append((name, one))
@@ -108,6 +106,10 @@ def _not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
         for (name, _), finite in zip(group, torch.isfinite(norms).tolist(), strict=True):
             if not finite:
                 yield shown(plain_name(name))
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.dtype in _FLOATING and tensor.numel() > 0 and not tensor.is_meta
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,8 +4,8 @@ from ampcheck.rules._words import some
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import Trace, Updates
 
-_MOST = 0.5
-_NEARLY_ALL = 0.9
+# Of a parameter, nearly all; of the whole model, most.
+_NEARLY_ALL, _MOST = 0.9, 0.5
 
 
 @rule(
@@ -46,11 +46,13 @@ def updates_lost(trace: Trace) -> Iterator[Evidence]:
         - https://pytorch.org/docs/stable/type_info.html#torch-finfo
     """
     assert trace.training is not None
-    lost = [one for one in trace.training.updates if one.with_gradient and _lost(one) / one.with_gradient > _MOST]
-    if not lost:
+    trained = [one for one in trace.training.updates if one.with_gradient]
+    lost = [one for one in trained if _lost(one) / one.with_gradient > _NEARLY_ALL]
+    everything = sum(one.with_gradient for one in trained)
+    unmoved = sum(_lost(one) for one in trained)
+    # Without a bound, a parameter's next update may be large enough.
+    if not lost or not (any(one.bounded for one in lost) or unmoved / everything > _MOST):
         return
-    everything = sum(one.with_gradient for one in trace.training.updates)
-    unmoved = sum(_lost(one) for one in trace.training.updates)
     worst = sorted(lost, key=lambda one: -_lost(one) / one.with_gradient)
     rates = sorted({one.largest_lr for one in lost})
     at = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
@@ -62,6 +64,7 @@ def updates_lost(trace: Trace) -> Iterator[Evidence]:
         f"{dtype} number. Most elements do not move in {some(one.parameter for one in worst)}.",
         module=worst[0].module or None if len({one.module for one in lost}) == 1 else None,
         severity=Severity.ERROR if error else None,
+        told_by="AMP201",
         data={
             "dtype": dtype,
             "unmoved": unmoved,

@@ -185,7 +185,7 @@ def autocast_kwargs(guard: Guard, repaired: int) -> None:
     family="scaler",
     source=("https://github.com/Lightning-AI/pytorch-lightning/issues/5140",),
     module="net.1",
-    also=("AMP201",),
+    also=("AMP201", "AMP509"),
     marks={"cast": "cast"},
     evidence={"count": 2, "optimized": 2, "parameters": ["net.1.weight", "net.1.bias"]},
 )

@@ -146,6 +146,7 @@ def test_json_report(runs):
     assert [finding["code"] for finding in report["findings"]] == ["AMP301"]
     assert report["not_judged"] == [{"code": "AMP105", "reason": "no evaluation step was watched"}]
     assert report["failure"] is None
+    assert all(0 < module.pop("headroom_bits") < 24 for module in report["modules"])
     assert report["modules"] == [
         {
             "name": "", "type": "Sequential", "parameters": {}, "buffers": {}, "calls": 2, "autocast": "float16",

@@ -343,7 +343,7 @@ def unknown_device_elsewhere() -> None:
     R(2).to("gpu")
 
 
-@crash(None)
+@crash(ValueRejected)
 def matcher_after_divergence() -> None:
     from scipy.optimize import linear_sum_assignment
 

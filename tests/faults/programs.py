@@ -232,7 +232,8 @@ def exports(arm: Arm, told: list[str] | None, models: list[Any]) -> Any:
     model = CNN()
     models.append(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with arm(), guard(told, model, optimizer=optimizer):
+    watch = guard(told, model, optimizer=optimizer)
+    with arm(), watch:
         losses = [step(model, optimizer, batch, None) for batch in batches(2, 8)]
         example = next(iter(batches(1, 2)))[0]
         traced = torch.jit.trace(model.eval(), example, check_trace=False)

@@ -152,4 +152,4 @@ def test_nothing_stays_behind(script: Any, numerics: str) -> None:
         one.checker.detach()
     assert (torch.autograd.backward.__code__, torch.amp.GradScaler.step.__code__) == (engine, step)
     run = one.checker._run
-    assert (run.held, run.guard, run.state, run.scale, run.find_batch) == (None, None, None, None, None)
+    assert (run.held, run.numerics, run.find_batch) == (None, None, None)

@@ -191,4 +191,4 @@ def test_nothing_stays_behind(train: Any, numerics: str) -> None:
         assert numerics == "stop"
     assert (torch.autograd.backward.__code__, torch.amp.GradScaler.step.__code__) == (engine, step)
     run = train.checker._run
-    assert (run.held, run.guard, run.state, run.scale, run.find_batch) == (None, None, None, None, None)
+    assert (run.held, run.numerics, run.find_batch) == (None, None, None)

@@ -159,7 +159,7 @@ _COMPILED = "OptimizedModule"
 _FIRST, _LAST, _THREAD = (LoggedCall._fields.index(name) for name in ("first", "last", "thread"))
 
 
-def on_module_calls(before: Called, after: Returned | None = None) -> Callable[[], None]:
+def on_module_calls(before: Called | None, after: Returned | None = None) -> Callable[[], None]:
     """Call the functions around every call of a module outside compiled code.
 
     ``before(module, args)`` runs before it, ``after(module, args, output)`` after it. Returns a function that ends
@@ -202,7 +202,7 @@ def on_module_failures(failed: Failed) -> Callable[[], None]:
 
 # What is active now. A call reads these when it gets to them, so that a step can begin inside a call.
 _probes: list[ModuleProbe] = []
-_callbacks: list[tuple[Called, Returned | None]] = []
+_callbacks: list[tuple[Called | None, Returned | None]] = []
 _failures: list[Failed] = []
 live += [_probes, _callbacks, _failures]
 
@@ -232,7 +232,8 @@ def _template(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         # What compiled code calls is not called by the loop.
         called = (*callbacks,) if compiling is None else ()
         for before, _ in called:
-            before(self, args)
+            if before is not None:
+                before(self, args)
         set_eval_frame(compiling)
     entered = []
     for probe in (*probes,):

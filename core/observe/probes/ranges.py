@@ -43,7 +43,7 @@ class RangeProbe:
 
     def __enter__(self) -> RangeProbe:
         self._thread = threading.get_ident()
-        self._end = on_module_calls(_nothing, self._returned)
+        self._end = on_module_calls(None, self._returned)
         self._listening.to(torch.optim.Optimizer._optimizer_step_code, before=self._will_step)
         return self
 
@@ -108,7 +108,3 @@ def _described(values: torch.Tensor, scale: float) -> Gradients | None:
         float(nonzero.max()),
         scale,
     )
-
-
-def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    return
