@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -189,6 +190,7 @@ class AmpChecker:
                 return None
             run.teller.emit, run.teller.log = emit, log
             run.teller.directory = Path(directory) if directory is not None else None
+            run.thread = threading.get_ident()
             run.held = held = Held(model, unwrapped(model), tuple(optimizers), scaler, averaged)
             with alone():
                 info = replace(walk(held.model), compiled=is_compiled(model))
@@ -339,7 +341,8 @@ class AmpChecker:
                 trace = trace.showing(one)
             if isinstance(failure.facts, ValueRejected):
                 steps = functools.partial(self._failed_steps, error, batch, numbers=True)
-                found = run.numerics.rejected(error, steps, step) if run.numerics is not None else None
+                trains = run.numerics is not None and threading.get_ident() == run.thread
+                found = run.numerics.rejected(error, steps, step) if run.numerics is not None and trains else None
                 if found is not None:
                     trace = replace(trace, numbers=(replace(found, precision=trace.precision.dtype),))
             if isinstance(failure.facts, SavedTensorModified) and run.held is not None:

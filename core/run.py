@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -40,7 +41,7 @@ class Run:
     The run is attached while it holds the user's objects. ``open`` are the steps being watched, ``died`` is what the
     last one showed that an exception left, ``failures`` the reports on exceptions, and ``survived`` what was found on
     those that the program went on after. ``left`` are the positions of the exports whose exceptions left the program.
-    ``find_batch`` finds the batch of a host's step in the frames that run it.
+    ``find_batch`` finds the batch of a host's step in the frames that run it. ``thread`` is the one that trains.
     """
 
     teller: Teller
@@ -56,6 +57,7 @@ class Run:
     off: bool = False
     numerics: Numerics | None = None
     find_batch: FindBatch | None = None
+    thread: int = field(default_factory=threading.get_ident)
     ended: bool = False
     left: set[int] = field(default_factory=set)
 
@@ -91,8 +93,11 @@ class Run:
         return together
 
     def again(self) -> Again | None:
-        """What replays steps of this run, as long as the run has a model."""
-        if self.held is None or self.trace.model is None:
+        """What replays steps of this run, as long as the run has a model, in the thread that trains it.
+
+        From another thread, a replay would take back what the training does meanwhile.
+        """
+        if self.held is None or self.trace.model is None or threading.get_ident() != self.thread:
             return None
         return Again(self.held.model, self.trace.model.device_type, self.held.optimizers, self.held.scaler)
 

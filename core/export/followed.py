@@ -30,7 +30,7 @@ from ampcheck.export.values import Inputs
 from ampcheck.observe.probes.listening import Listening, nobody_listening
 from ampcheck.observe.state import everything_put_back
 from ampcheck.observe.walk import is_sharded, unwrapped
-from ampcheck.report.ranks import rank
+from ampcheck.report.ranks import rank, world_size
 from ampcheck.report.teller import Emit
 from ampcheck.source.lines import callers, calling_site, is_library, is_torch
 from ampcheck.trace import Export, Site
@@ -194,6 +194,9 @@ class FollowedExports:
         if function in _SAVING or rank() != 0:
             return None
         done = Export(function, _name(given.model if model is None else model), running.site)
+        if world_size() > 1:
+            # What the module's forward pass sends to other processes, they would take for their own.
+            return replace(done, left_out="several processes train, and one of them alone may not run the module")
         if model is None:
             return replace(done, left_out="the module that it was made from is not known")
         # The same export again, of trained weights perhaps, has the same faults.

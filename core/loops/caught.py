@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
-import linecache
 import re
 import threading
 import traceback
@@ -27,6 +26,7 @@ from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modules import on_module_failures
 from ampcheck.report import Report
 from ampcheck.source.lines import LISTENING, is_library, is_ours, is_torch
+from ampcheck.source.syntax import tree_of
 
 _NUMBER = "_ampcheck_diagnosed"
 _CALL = nn.Module._call_impl.__code__
@@ -154,6 +154,11 @@ class Caught:
         whole, running = _whole(error)
         if any(frame.f_code is _CALL for frame, _ in running[1:]):
             return
+        key = _key(error, whole)
+        if key in self._faults:
+            self._tell(error)
+            self._met_again(error, self._faults[key])
+            return
         handler = next(filter(None, (_handler(frame, line, error) for frame, line in running)), None)
         if (handler is not None and handler.leaves) or (handler is None and not showing):
             return
@@ -163,10 +168,6 @@ class Caught:
         if called and (_is_tried_out(running) or (handler is not None and handler.substitutes)):
             return
         self._tell(error)
-        key = _key(error, whole)
-        if key in self._faults:
-            self._met_again(error, self._faults[key])
-            return
         left, error.__traceback__ = error.__traceback__, whole
         notes = len(getattr(error, "__notes__", ()))
         try:
@@ -342,8 +343,5 @@ def _is_tried_out(running: list[tuple[FrameType, int]]) -> bool:
 
 def _parsed(frame: FrameType, *kinds: type[ast.AST]) -> list[Any]:
     """The nodes of some kinds in the file of a frame; none without its source."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
-    except (SyntaxError, ValueError):
-        return []
-    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    tree = tree_of(frame.f_code.co_filename, frame.f_globals)
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)] if tree is not None else []

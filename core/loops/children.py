@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ampcheck.checker import AmpChecker
+from ampcheck.checker import AmpChecker, FindingsError
 from ampcheck.loops.caught import Caught
 from ampcheck.loops.watch import watch
 from ampcheck.observe.probes.containment import hide_frame, undo
@@ -23,6 +23,9 @@ from ampcheck.report.report import write_json
 from ampcheck.source.lines import is_library
 
 _RUNS = ("_target", "_args")
+
+FOUND = 3
+"""The exit status of a process in which a finding reached ``fail_on``."""
 
 
 class Children:
@@ -123,8 +126,13 @@ def run(function: Callable[..., Any], options: Mapping[str, Any], /, *args: Any,
     """Call a function in a child process, and watch it."""
     checker = AmpChecker(**options)
     try:
-        with watch(None, checker=checker), Caught(checker):
+        watching = watch(None, checker=checker)
+        watching.quiet = True
+        with watching, Caught(checker):
             return function(*args, **kwargs)
+    except FindingsError as error:
+        sys.stderr.write(f"ampcheck  stopped by --fail-on: {error}\n")
+        sys.exit(FOUND)
     except BaseException as error:
         hide_frame(error)
         raise

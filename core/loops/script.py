@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 from ampcheck.checker import AmpChecker, FindingsError
 from ampcheck.loops.caught import Caught
-from ampcheck.loops.children import Children
+from ampcheck.loops.children import FOUND, Children
 from ampcheck.loops.launch import run_module, run_script, show_exception
 from ampcheck.loops.watch import watch
 from ampcheck.observe.probes.listening import Listening
 
-FOUND, INTERRUPTED = 3, 130
+INTERRUPTED = 130
 
 
 def run(
@@ -67,7 +67,8 @@ def run(
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the script's own, shown as such
         show_exception(error)
-        return 1
+        # A child process that was stopped by it.
+        return FOUND if fail_on != "never" and getattr(error, "exit_code", None) == FOUND else 1
     return 0
 
 

@@ -139,6 +139,8 @@ class watch:
         self._thread = os.getpid(), threading.get_ident()
         self.elsewhere: Callable[[], str] = str
         """Says at the end where else the program may have trained, if anywhere."""
+        self.quiet = False
+        """Whether to say nothing, and write nothing, if no training was seen."""
 
     @property
     def report(self) -> Report | None:
@@ -198,7 +200,8 @@ class watch:
             if self._fault is not None:
                 self._give_up(self._fault)
             self._safely(self._end_step, None if ended else failure)
-            self._safely(self._checker.look, "at the end")
+            with contextlib.suppress(*(() if failure is None else (FindingsError,))):
+                self._safely(self._checker.look, "at the end")
             if self._state is _State.WAITING and ended:
                 self._contained(self._never_trained)()
         finally:
@@ -241,6 +244,8 @@ class watch:
         """Report what can be said without a training step, or that nothing can: silence is never ambiguous."""
         if self._model is not None:
             self._attach(self._model)
+            return
+        if self.quiet:
             return
         reason = "no training call of a module was seen"
         if anything_compiled():

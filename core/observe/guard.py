@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
@@ -16,7 +17,7 @@ from ampcheck.observe.probes.containment import bare
 from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modes import alone
 from ampcheck.observe.state import random_state
-from ampcheck.observe.tensors import operands_in
+from ampcheck.observe.tensors import PLAIN, operands_in
 from ampcheck.source.lines import callers
 from ampcheck.trace import Root
 
@@ -39,6 +40,13 @@ class Noticed(NamedTuple):
     random: tuple[Any, ...] | None
     loss: float | None
     late: bool = False
+
+
+class _Count(NamedTuple):
+    """The steps of an optimizer, and how many of them were skipped."""
+
+    steps: int = 0
+    skipped: int = 0
 
 
 class _Flags(NamedTuple):
@@ -69,14 +77,14 @@ class Guard:
         passes: int | None = None,
         began: int | None = 0,
     ) -> None:
-        self.optimizer_steps: Counter[int] = Counter()
-        self.skipped = 0
+        self._counts: WeakKeyDictionary[Any, _Count] = WeakKeyDictionary()
+        self._most = _Count()
         self._parameters = [one for one in parameters if one.requires_grad]
         self._noticed, self._failed = noticed, failed
         self._every, self._passes, self._began = every, passes, began
         self._sentinels: Sequence[torch.Tensor] = ()
         self._known = {id(one) for one in self._parameters}
-        self._others: dict[int, Sequence[torch.Tensor]] = {}
+        self._others: WeakKeyDictionary[Any, Sequence[ref[torch.Tensor]]] = WeakKeyDictionary()
         self._heard: set[FunctionType] = set()
         self.random: tuple[Any, ...] | None = None
         self._in_a_row = 0
@@ -90,8 +98,13 @@ class Guard:
 
     @property
     def step(self) -> int:
-        """The number of optimizer steps that have ended, or were skipped."""
-        return max(self.optimizer_steps.values(), default=0)
+        """The number of optimizer steps that have ended, or were skipped, of the optimizer that made most."""
+        return self._most.steps
+
+    @property
+    def skipped(self) -> int:
+        """How many of them a gradient scaler skipped."""
+        return self._most.skipped
 
     def number_of(self, step: int) -> int | None:
         """The number of a step of this guard among all of the fit; ``None`` if it is not known."""
@@ -115,7 +128,8 @@ class Guard:
 
     def end(self) -> None:
         self._listening.end()
-        self._parameters, self._sentinels, self._others = [], (), {}
+        self._parameters, self._sentinels = [], ()
+        self._others.clear()
         self._pending.clear()
         # Frames of an exception hold the code that calls this guard, which the garbage collector does not look into.
         self._noticed, self._failed = _nothing, _nothing
@@ -142,8 +156,10 @@ class Guard:
                 self.end()
 
     def _look(self, tensors: Any, frame: FrameType) -> Noticed | None:
-        losses = list(operands_in((tensors,)))
+        losses = [one for one in operands_in((tensors,)) if _is_readable(one)]
         gradients = self._gradients()
+        if not losses or _capturing():
+            return None
         if any(one.device.type != "cpu" for one in losses) and not self._every:
             return self._in_time(losses, gradients, frame)
         root: Root | None = None
@@ -158,29 +174,30 @@ class Guard:
 
     def _gradients(self) -> list[torch.Tensor]:
         if self._every:
-            return [one.grad for one in self._parameters if one.grad is not None and not one.grad.is_sparse]
+            return [one.grad for one in self._parameters if one.grad is not None and _is_readable(one.grad)]
         if not self._sentinels:
             self._sentinels = _spread(self._parameters)
-        return [one.grad for one in self._sentinels if one.grad is not None]
+        return [one.grad for one in self._sentinels if one.grad is not None and _is_readable(one.grad)]
 
     def _meet(self, optimizer: torch.optim.Optimizer) -> None:
         """From its next step on, look at the gradients that an optimizer of another model takes, on the CPU."""
         held = [one for group in optimizer.param_groups for one in group["params"]]
-        if id(optimizer) in self._others or not held or id(held[0]) in self._known or held[0].device.type != "cpu":
+        if optimizer in self._others or not held or id(held[0]) in self._known or held[0].device.type != "cpu":
             return
-        self._others[id(optimizer)] = _spread(held)
+        self._others[optimizer] = tuple(map(ref, _spread(held)))
         step = type(optimizer).step
         if isinstance(step, FunctionType) and step not in self._heard:
             self._heard.add(step)
             self._listening.to(step, before=self._other_will_step)
 
     def _other_will_step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        sentinels = self._others.get(id(optimizer))
-        if sentinels is None or self._bad or not self._mine():
+        if self._bad or not self._mine() or optimizer not in self._others:
             return
         try:
+            held = [one for one in (reference() for reference in self._others[optimizer]) if one is not None]
+            gradients = [one.grad for one in held if one.grad is not None and _is_readable(one.grad)]
             with alone():
-                finite = all(_finite(one.grad) for one in sentinels if one.grad is not None)
+                finite = all(map(_finite, gradients))
             frame = next(callers(sys._getframe(1)))
         except Exception as error:  # noqa: BLE001
             self._fail(error)
@@ -196,7 +213,7 @@ class Guard:
         sums = [one.detach().float().sum() for one in losses]
         rest = [one.detach().float().sum() for one in gradients if one.device == device]
         flags = torch.stack([sum(sums[1:], sums[0]), *rest]) if rest else sums[0].reshape(1)
-        values = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        values = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)
         values.copy_(flags, non_blocking=True)
         ready = torch.Event(device.type)
         ready.record()
@@ -229,28 +246,43 @@ class Guard:
         if not self._mine():
             return
         try:
-            if args:
-                self._meet(args[0])
-            self.optimizer_steps[id(args[0]) if args else 0] += 1
+            optimizer = args[0]
+            self._meet(optimizer)
+            self._count(optimizer)
             self._stepped, self._bad = True, False
-            self.random = random_state()
+            if not _capturing():
+                self.random = random_state()
         except Exception as error:  # noqa: BLE001
             self._fail(error)
 
+    def _count(self, optimizer: Any, *, skipped: bool = False) -> None:
+        before = self._counts.get(optimizer, _Count())
+        count = self._counts[optimizer] = _Count(before.steps + 1, before.skipped + skipped)
+        if count.steps >= self._most.steps:
+            self._most = count
+
     def _scaler_will_step(self, scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         if self._mine():
-            self._before = self.optimizer_steps[id(optimizer)]
+            self._before = self._counts.get(optimizer, _Count()).steps
 
     def _scaler_stepped(self, result: Any, scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         if not self._mine() or not scaler.is_enabled() or getattr(optimizer, "_step_supports_amp_scaling", False):
             return
-        if self.optimizer_steps[id(optimizer)] != self._before:
+        # PyTorch marks the steps that it counts; an optimizer may be none of its own.
+        counted = getattr(type(optimizer).step, "hooked", False)
+        if not counted or self._counts.get(optimizer, _Count()).steps != self._before:
             return
-        bad = self._bad
-        self.skipped += 1
-        self.optimizer_steps[id(optimizer)] += 1
-        if not bad:
-            self._tell(Noticed("gradient", next(callers(sys._getframe(1))), self.step - 1, self.random, None))
+        noticed: Noticed | None = None
+        try:
+            if not self._bad:
+                frame = next(callers(sys._getframe(1)))
+                noticed = Noticed("gradient", frame, self.step, self.random, None)
+            self._count(optimizer, skipped=True)
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)
+            return
+        if noticed is not None:
+            self._tell(noticed)
         self._bad = False
 
     def _fail(self, error: Exception) -> None:
@@ -259,13 +291,24 @@ class Guard:
         failed(bare(error))
 
 
+def _is_readable(tensor: torch.Tensor) -> bool:
+    """Whether reading a tensor takes neither other processes nor a device that there is not."""
+    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
+    return plain and not tensor.is_meta and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may be read."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _nothing(*_: Any) -> bool:
     return False
 
 
 def _spread(parameters: Iterable[torch.Tensor]) -> Sequence[torch.Tensor]:
     """A few small parameters that have gradients, from all over a model."""
-    trained = [one for one in parameters if one.grad is not None and not one.grad.is_sparse]
+    trained = [one for one in parameters if one.grad is not None and _is_readable(one.grad)]
     share = max(1, -(-len(trained) // _SENTINELS))
     parts = (trained[start : start + share] for start in range(0, len(trained), share))
     return [min(part, key=torch.Tensor.numel) for part in parts]

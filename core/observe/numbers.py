@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -87,11 +87,15 @@ class Numbers:
             outcomes[name] = (
                 Outcome(None, why="no replay") if step_again is None else self._outcome(step_again, dtype, seed, error)
             )
+        origin = seen.origin
+        if origin is not None and origin.kind == "constant-lost" and outcomes["float32"].finite is False:
+            # With the constant as it is written, it is not finite either.
+            origin = replace(origin, kind="singular", constant=None)
         return NonFinite(
             seen.root,
             loss=seen.loss,
             parameters=seen.parameters,
-            origin=seen.origin,
+            origin=origin,
             path=seen.path,
             outcomes=outcomes,
             said=said,

@@ -201,7 +201,8 @@ def _lost_eps(optimizer: torch.optim.Optimizer) -> Iterator[tuple[float, str]]:
     found = {
         (float(group["eps"]), parameter.dtype)
         for group in optimizer.param_groups
-        if isinstance(group.get("eps"), float) and group["eps"]
+        # A fused optimizer adds it in float32.
+        if isinstance(group.get("eps"), float) and group["eps"] and not group.get("fused")
         for parameter in group["params"]
         if dtype_name(parameter.dtype) in LOW_PRECISION
     }

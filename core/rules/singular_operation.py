@@ -16,17 +16,23 @@ from ampcheck.rules._words import count, place, sentence
 from ampcheck.rules.rule import Evidence, Severity, rule
 from ampcheck.trace import NonFinite, Origin, Trace
 
-# By what the op's name contains: how to keep its operand away from the point where it is singular.
-_FIXES = (
-    (("cdist", "norm", "dist"), "Add a small number under its root: `(x.square().sum(-1) + 1e-12).sqrt()`."),
-    (("rsqrt", "sqrt", "pow"), "Keep its operand above 0: `x.clamp(min=1e-12)` before the op."),
-    (("log",), "Keep its operand above 0: `x.clamp(min=1e-12)` before the op."),
-    (("exp", "sinh", "cosh"), "Bound its operand: `x.clamp(max=...)` before the op; a mask after it is too late."),
-    (("acos", "asin", "atanh"), "Keep its operand inside (-1, 1): `x.clamp(-1 + 1e-6, 1 - 1e-6)` before the op."),
-    (("div", "reciprocal"), "Keep its divisor away from 0: `.clamp(min=...)`, or `torch.where` on the divisor."),
-    (("var", "std"), "Give it more than one element, and keep the variance above 0 before a root."),
-    (("ctc",), "Give targets that are no longer than the inputs, or `zero_infinity=True`."),
-)
+# By op: how to keep its operand away from the point where it is singular.
+_FIXES = {
+    ("cdist", "norm", "linalg_vector_norm", "dist", "hypot"): "Add a small number under its root: "
+    "`(x.square().sum(-1) + 1e-12).sqrt()`.",
+    ("rsqrt", "sqrt", "pow"): "Keep its operand above 0: `x.clamp(min=1e-12)` before the op.",
+    ("log", "log2", "log10", "xlogy"): "Keep its operand above 0: `x.clamp(min=1e-12)` before the op.",
+    ("log1p",): "Keep its operand above -1: `x.clamp(min=-1 + 1e-6)` before the op.",
+    ("logit",): "Keep its operand inside (0, 1): `x.clamp(1e-6, 1 - 1e-6)` before the op.",
+    ("exp", "exp2", "expm1", "sinh", "cosh"): "Bound its operand: `x.clamp(max=...)` before the op; a mask after it is "
+    "too late.",
+    ("acos", "asin", "atanh"): "Keep its operand inside (-1, 1): `x.clamp(-1 + 1e-6, 1 - 1e-6)` before the op.",
+    ("div", "reciprocal"): "Keep its divisor away from 0: `.clamp(min=...)`, or `torch.where` on the divisor.",
+    ("var", "std", "var_mean", "std_mean"): "Give it more than one element, and keep the variance above 0 before a "
+    "root.",
+    ("_ctc_loss", "ctc_loss"): "Give targets that are no longer than the inputs, or `zero_infinity=True`.",
+}
+_MASKED = "Keep infinities out of it: multiply by 0 or subtract only what is finite, or use `torch.where` on a mask."
 
 
 @rule(
@@ -76,6 +82,8 @@ def _what(origin: Origin) -> str:
     name = sentence(op_of(origin))
     if origin.kind == "overflow":
         return f"{name} overflowed {origin.dtype}{overflowed(origin)}"
+    if origin.kind == "masked" and not origin.nan:
+        return f"An infinity that the code wrote{place(origin.site)} reached the loss"
     if origin.kind == "masked":
         return f"{name} turned infinities that the code wrote{place(origin.fill)} into NaN"
     zeros = [one.zeros for one in origin.operands if one.zeros]
@@ -88,4 +96,7 @@ def _fix(trace: Trace, found: NonFinite, origin: Origin) -> str | None:
     if float32 is not None and float32.finite:
         # The operand itself is 0 only because of the dtype.
         return in_float32(trace, found, origin)
-    return next((fix for parts, fix in _FIXES if any(part in origin.op for part in parts)), None)
+    if origin.kind == "masked":
+        return _MASKED
+    name = origin.op.removeprefix("aten::").rstrip("_")
+    return next((fix for ops, fix in _FIXES.items() if name in ops), None)

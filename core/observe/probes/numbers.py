@@ -23,6 +23,7 @@ from ampcheck.observe.probes.graph_log import op_name
 from ampcheck.observe.probes.known_ops import KnownOp, known_op
 from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modes import put_on, taken_off, tracing
+from ampcheck.observe.state import random_state, set_random_state
 from ampcheck.observe.tensors import PLAIN, operands_in, storage_key
 from ampcheck.observe.walk import dtype_name, tensor_names
 from ampcheck.source.printable import shown
@@ -289,7 +290,11 @@ class NumberProbe(TorchDispatchMode):
             )
             # What the program itself set to NaN is its data.
             unknown = [one for one, made in record.parents if made is None or made.data]
-            if unknown and not record.deliberate:
+            masks = all(map(_is_mask, unknown)) and all(made is None or made.deliberate for _, made in record.parents)
+            if unknown and masks:
+                record.deliberate = not nan
+                record.kind = "masked" if record.made_nan else record.kind
+            elif unknown and not record.deliberate:
                 record.given = self._given(unknown[0], frame)
         record.first = min(
             (one.first for _, one in record.parents if one is not None and not one.data), default=record.index
@@ -345,13 +350,13 @@ class NumberProbe(TorchDispatchMode):
         bad = record.outputs[0]
         if func.namespace != "aten":
             return
-        kept = torch.get_rng_state()
+        kept = random_state()
         try:
             exact = func(*tree_map(_in_float64, args), **tree_map(_in_float64, kwargs))
         except Exception:  # noqa: BLE001 - no kernel for float64, say
             return
         finally:
-            torch.set_rng_state(kept)
+            set_random_state(kept)
         values = list(operands_in(exact if isinstance(exact, (tuple, list)) else (exact,)))
         value = next((one for one in values if one.shape == bad.shape and one.dtype is torch.float64), None)
         if value is None:
@@ -545,6 +550,12 @@ def _scalars(values: Iterable[Any]) -> Iterator[float]:
             number = float(value)
             if number and math.isfinite(number):
                 yield number
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    """Whether the only infinities of a tensor are those that masks are made of."""
+    values = tensor.detach()
+    return not bool((torch.isnan(values) | torch.isposinf(values)).any())
 
 
 def _is_infinite(value: Any) -> bool:
