@@ -200,8 +200,9 @@ class watch:
             if self._fault is not None:
                 self._give_up(self._fault)
             self._safely(self._end_step, None if ended else failure)
-            with contextlib.suppress(*(() if failure is None else (FindingsError,))):
-                self._safely(self._checker.look, "at the end")
+            if not isinstance(failure, FindingsError):
+                with contextlib.suppress(*(() if failure is None else (FindingsError,))):
+                    self._safely(self._checker.look, "at the end")
             if self._state is _State.WAITING and ended:
                 self._contained(self._never_trained)()
         finally:

@@ -294,6 +294,8 @@ class NumberProbe(TorchDispatchMode):
             if unknown and masks:
                 record.deliberate = not nan
                 record.kind = "masked" if record.made_nan else record.kind
+                given = self._given(unknown[0], frame)
+                record.given = given if given.what == "input" else None
             elif unknown and not record.deliberate:
                 record.given = self._given(unknown[0], frame)
         record.first = min(
@@ -421,10 +423,10 @@ class NumberProbe(TorchDispatchMode):
         if kind == "masked":
             fills = [one for _, one in record.parents if one is not None]
             fill = self._fill(fills[0]).where.call_site if fills else None
-        elif record.deliberate:
-            kind = "masked"
         elif given is not None:
             kind = "given"
+        elif record.deliberate:
+            kind = "masked"
         source = bad
         if kind == "given" and record.parents:
             source = record.parents[0][0]
