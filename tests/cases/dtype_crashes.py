@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -1152,7 +1153,8 @@ def positions_from_numpy(guard: Guard, repaired: int) -> None:
     "bfloat16-predictions-to-numpy",
     "AMP212",
     module="",
-    operands={"the tensor": "bfloat16"},
+    # Before Python 3.11 a frame does not tell which part of the line it is at.
+    operands={"the tensor" if sys.version_info >= (3, 11) else "output": "bfloat16"},
     evidence={"expression": "output.detach().softmax(-1).numpy()"},
 )
 def bfloat16_predictions_to_numpy(guard: Guard, repaired: int) -> None:
