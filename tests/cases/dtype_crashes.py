@@ -1155,7 +1155,7 @@ def positions_from_numpy(guard: Guard, repaired: int) -> None:
     module="",
     # Before Python 3.11 a frame does not tell which part of the line it is at.
     operands={"the tensor" if sys.version_info >= (3, 11) else "output": "bfloat16"},
-    evidence={"expression": "output.detach().softmax(-1).numpy()"},
+    evidence={"expression": "output.detach().softmax(-1)" + ".numpy()" * (sys.version_info >= (3, 11))},
 )
 def bfloat16_predictions_to_numpy(guard: Guard, repaired: int) -> None:
     """What the line calls before `numpy()` has to stay."""
