@@ -114,11 +114,6 @@ class Guard:
     def active(self) -> bool:
         return bool(self._parameters)
 
-    @property
-    def counts(self) -> bool:
-        """Whether it counts all steps since fit start."""
-        return self._passes is None
-
     def begin(self) -> None:
         scaler = torch.amp.GradScaler
         self.random = random_state()
