@@ -17,7 +17,7 @@ from ampcheck.observe.probes.containment import bare
 from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modes import alone
 from ampcheck.observe.state import random_state
-from ampcheck.observe.tensors import PLAIN, operands_in
+from ampcheck.observe.tensors import is_readable, operands_in
 from ampcheck.source.lines import callers
 from ampcheck.trace import Root
 
@@ -151,7 +151,7 @@ class Guard:
                 self.end()
 
     def _look(self, tensors: Any, frame: FrameType) -> Noticed | None:
-        losses = [one for one in operands_in((tensors,)) if _is_readable(one)]
+        losses = [one for one in operands_in((tensors,)) if _is_looked_at(one)]
         gradients = self._gradients()
         if not losses or _capturing():
             return None
@@ -169,10 +169,10 @@ class Guard:
 
     def _gradients(self) -> list[torch.Tensor]:
         if self._every:
-            return [one.grad for one in self._parameters if one.grad is not None and _is_readable(one.grad)]
+            return [one.grad for one in self._parameters if one.grad is not None and _is_looked_at(one.grad)]
         if not self._sentinels:
             self._sentinels = _spread(self._parameters)
-        return [one.grad for one in self._sentinels if one.grad is not None and _is_readable(one.grad)]
+        return [one.grad for one in self._sentinels if one.grad is not None and _is_looked_at(one.grad)]
 
     def _meet(self, optimizer: torch.optim.Optimizer) -> None:
         """From its next step on, look at the gradients that an optimizer of another model takes, on the CPU."""
@@ -190,7 +190,7 @@ class Guard:
             return
         try:
             held = [one for one in (reference() for reference in self._others[optimizer]) if one is not None]
-            gradients = [one.grad for one in held if one.grad is not None and _is_readable(one.grad)]
+            gradients = [one.grad for one in held if one.grad is not None and _is_looked_at(one.grad)]
             with alone():
                 finite = all(map(_finite, gradients))
             frame = next(callers(sys._getframe(1)))
@@ -286,10 +286,8 @@ class Guard:
         failed(bare(error))
 
 
-def _is_readable(tensor: torch.Tensor) -> bool:
-    """Whether reading a tensor takes neither other processes nor a device that there is not."""
-    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
-    return plain and not tensor.is_meta and tensor.is_floating_point() and tensor.numel() > 0
+def _is_looked_at(tensor: torch.Tensor) -> bool:
+    return is_readable(tensor) and tensor.is_floating_point() and tensor.numel() > 0
 
 
 def _capturing() -> bool:
@@ -303,7 +301,7 @@ def _nothing(*_: Any) -> bool:
 
 def _spread(parameters: Iterable[torch.Tensor]) -> Sequence[torch.Tensor]:
     """A few small parameters that have gradients, from all over a model."""
-    trained = [one for one in parameters if one.grad is not None and _is_readable(one.grad)]
+    trained = [one for one in parameters if one.grad is not None and _is_looked_at(one.grad)]
     share = max(1, -(-len(trained) // _SENTINELS))
     parts = (trained[start : start + share] for start in range(0, len(trained), share))
     return [min(part, key=torch.Tensor.numel) for part in parts]

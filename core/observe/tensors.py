@@ -10,6 +10,11 @@ import torch
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether reading a tensor takes neither other processes nor a device that there is not."""
+    return type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_meta
+
+
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested lists, tuples and dicts, in order. Enters a container once: it may hold itself."""
     pending, entered = [value], dict[int, Any]()

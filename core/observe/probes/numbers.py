@@ -24,7 +24,7 @@ from ampcheck.observe.probes.known_ops import KnownOp, known_op
 from ampcheck.observe.probes.listening import Listening
 from ampcheck.observe.probes.modes import put_on, taken_off, tracing
 from ampcheck.observe.state import random_state, set_random_state
-from ampcheck.observe.tensors import PLAIN, operands_in, storage_key
+from ampcheck.observe.tensors import PLAIN, is_readable, operands_in, storage_key
 from ampcheck.observe.walk import dtype_name, tensor_names
 from ampcheck.source.printable import shown
 from ampcheck.trace import Given, Kind, LostConstant, NumericPhase, OperandValues, Origin, PathOp, Root
@@ -523,7 +523,7 @@ class _below:
 
 
 def _is_judged(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in _JUDGED and type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_meta
+    return tensor.dtype in _JUDGED and is_readable(tensor)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
